@@ -1,0 +1,103 @@
+"""LoRA experts (2106.09685), as mixed by MoLoRA (2309.05444).
+
+    y = W0 x + s sum_e g_e B_e A_e dropout(x),    s = lora_alpha / r   (rsLoRA, 2312.03732: lora_alpha / sqrt(r))
+
+A_e is Kaiming-uniform (a = sqrt 5), B_e = 0. With `shared_down` all experts share one A, which is HydraLoRA
+(2404.19245): y = W0 x + s sum_e g_e B_e A x.
+
+Shapes: T tokens, I in, O out, N experts, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from moadapt.experts.base import ExpertBank, LowRankConfig, Role
+from moadapt.experts.low_rank import mix_low_rank
+from moadapt.registry import EXPERTS
+from moadapt.routing import Routing
+
+
+class LoraExpertConfig(LowRankConfig):
+    """Options of the `lora` experts.
+
+    Attributes:
+        init_lora_weights: `true` for Kaiming-uniform A, `gaussian` for normal A; B is zero in both.
+        init_std: standard deviation of the Gaussian A; 1 / r (peft's) when not given.
+        shared_down: one A for all experts (HydraLoRA).
+    """
+
+    kind: Literal["lora"] = "lora"
+    init_lora_weights: Literal[True, "gaussian"] = True
+    init_std: float | None = Field(default=None, gt=0.0)
+    shared_down: bool = False
+
+    @model_validator(mode="after")
+    def _std_needs_gaussian(self) -> Self:
+        if self.init_std is not None and self.init_lora_weights != "gaussian":
+            raise ValueError("init_std has no effect without init_lora_weights: gaussian; set it, or drop init_std")
+        return self
+
+
+@EXPERTS.register("lora", LoraExpertConfig)
+class LoraBank(ExpertBank):
+    """N LoRA experts of one linear layer.
+
+    Parameters: `lora_A` (N, R, I), or (1, R, I) with `shared_down`; `lora_B` (N, R, O).
+    """
+
+    config: LoraExpertConfig
+    roles: ClassVar[dict[str, Role]] = {"lora_A": "down", "lora_B": "up"}
+
+    def __init__(
+        self,
+        config: LoraExpertConfig,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(config, in_features, out_features, num_experts, device, dtype)
+        assert isinstance(config.r, int)
+        self.r = config.r
+        self.scaling = config.scaling()
+        num_down = 1 if config.shared_down else num_experts
+        self.lora_A = nn.Parameter(torch.empty(num_down, self.r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, self.r, out_features, device=device, dtype=dtype))
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A as configured, B = 0: every expert starts as the zero map."""
+        if self.config.init_lora_weights == "gaussian":
+            self.lora_A.normal_(std=self.config.init_std or 1.0 / self.r)
+        else:
+            bound = self.in_features**-0.5  # Kaiming-uniform with a = sqrt(5) and fan-in I
+            self.lora_A.uniform_(-bound, bound)
+        self.lora_B.zero_()
+
+    def forward(self, x_TI: Tensor, routing: Routing, base_output_TO: Tensor) -> Tensor:
+        """(T, I) and (T, O) -> (T, O); see the base class."""
+        self._check_rows(x_TI, routing)
+        x_TI = self.dropout(x_TI)
+        if not self.config.shared_down:
+            return mix_low_rank(base_output_TO, x_TI, routing, self.lora_A, self.lora_B, self.scaling)
+        z_TR = nn.functional.linear(x_TI, self.lora_A[0].to(x_TI.dtype))
+        identity_NRR = torch.eye(self.r, dtype=z_TR.dtype, device=z_TR.device).expand(self.num_experts, -1, -1)
+        return mix_low_rank(base_output_TO, z_TR, routing, identity_NRR, self.lora_B, self.scaling)
+
+    def delta_weight(self, expert: int) -> Tensor:
+        """s B_e A_e: (O, I)."""
+        return self.scaling * self.lora_B[expert].T @ self.lora_A[0 if self.config.shared_down else expert]
+
+    def num_active_params(self, num_experts_per_tok: int) -> int:
+        """r (K I + K O), or r (I + K O) with a shared A."""
+        num_down = 1 if self.config.shared_down else num_experts_per_tok
+        return self.r * (num_down * self.in_features + num_experts_per_tok * self.out_features)

@@ -1,0 +1,119 @@
+"""`MixtureConfig`: everything that defines a mixture of adapters, but not how it is trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+import moadapt.experts
+import moadapt.losses
+import moadapt.routers  # noqa: F401  (these imports fill the tables of kinds)
+from moadapt.per_layer import PerLayerInt
+from moadapt.presets import PRESETS, merge_preset
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Config, KindConfig, OfKind, closest, config_error
+
+Names = list[str] | str
+
+
+class MixtureConfig(Config):
+    """A mixture of adapters.
+
+    Attributes:
+        preset: name of a published method whose values are the starting point.
+        num_experts: N; one value, a list per layer, or a map of patterns.
+        target_modules: what to adapt: a list of names (of a module or of the end of its path), a regular expression
+            for the whole path, or `all-linear` (every linear layer but the output head).
+        exclude_modules: what to leave alone, as a list of names or a regular expression.
+        layers_to_transform: indices of the transformer layers to adapt; all when not given.
+        modules_to_save: names of further modules that are trained in full and saved with the adapter.
+        expert: kind and options of the experts.
+        router: kind and options of the router.
+        losses: kinds and options of the auxiliary losses.
+        router_aux_loss_coef: shorthand for `{kind: load_balance, coef: ...}` in `losses`.
+        router_z_loss_coef: shorthand for `{kind: router_z, coef: ...}` in `losses`.
+    """
+
+    preset: str | None = None
+    num_experts: PerLayerInt = 8
+    target_modules: Names = "all-linear"
+    exclude_modules: Names | None = None
+    layers_to_transform: int | list[int] | None = None
+    modules_to_save: list[str] = Field(default_factory=list)
+    expert: Annotated[KindConfig, OfKind(EXPERTS)] = Field(default={"kind": "lora"}, validate_default=True)
+    router: Annotated[KindConfig, OfKind(ROUTERS)] = Field(default={"kind": "top_k"}, validate_default=True)
+    losses: list[Annotated[KindConfig, OfKind(LOSSES)]] = Field(default_factory=list)
+    router_aux_loss_coef: float | None = Field(default=None, ge=0.0)
+    router_z_loss_coef: float | None = Field(default=None, ge=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("preset") is None:
+            return data
+        name = data["preset"]
+        if name not in PRESETS:
+            valid = list(PRESETS)
+            raise ValueError(f"preset: unknown preset {name!r}{closest(str(name), valid)} Valid: {', '.join(valid)}")
+        return merge_preset(PRESETS[name], data)
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _names_or_regex(cls, value: Names | None) -> Names | None:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        elif value is not None and not value:
+            raise ValueError("the list is empty")
+        return value
+
+    @model_validator(mode="after")
+    def _fill_in_shorthands(self) -> Self:
+        for option, kind in (("router_aux_loss_coef", "load_balance"), ("router_z_loss_coef", "router_z")):
+            coef = getattr(self, option)
+            if coef is None:
+                continue
+            if any(loss.kind == kind for loss in self.losses):
+                raise ValueError(f"{option} and losses both set {kind}; keep one of them")
+            # Assigned through __dict__: an ordinary assignment would validate, and so run this again.
+            self.__dict__["losses"] = [*self.losses, LOSSES.parse({"kind": kind, "coef": coef})]
+            self.__dict__[option] = None
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        kinds = [loss.kind for loss in self.losses]
+        for kind in {kind for kind in kinds if kinds.count(kind) > 1}:
+            raise ValueError(f"losses: {kind} is listed more than once; keep one")
+        selects_all = ROUTERS.get(self.router.kind).cls.selects_all
+        for loss in self.losses:
+            LOSSES.get(loss.kind).cls.check(loss, selects_all)
+        num_kept = getattr(self.router, "num_experts_per_tok", None)
+        if isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
+            raise ValueError(
+                f"router.num_experts_per_tok ({num_kept}) exceeds num_experts ({self.num_experts}); lower the one or "
+                "raise the other"
+            )
+        return self
+
+
+def parse_mixture_config(data: MixtureConfig | dict[str, Any], source: str = "") -> MixtureConfig:
+    """A validated config from a mapping (or the config itself).
+
+    Args:
+        data: the options.
+        source: where they come from, for the error message.
+
+    Raises:
+        ConfigError: lists every problem, one per line.
+    """
+    if isinstance(data, MixtureConfig):
+        return data
+    try:
+        return MixtureConfig.model_validate(data)
+    except ValidationError as error:
+        raise config_error(error, source) from None

@@ -1,0 +1,159 @@
+"""Putting a mixture into a model: replace the targets, attach the routers, make copies of `modules_to_save`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moadapt.config import MixtureConfig
+from moadapt.errors import ConfigError
+from moadapt.experts.base import ExpertBank, Role
+from moadapt.layer import MixtureLayer, RouterSite, SharedRouterHook, Switch, TrainableCopy
+from moadapt.per_layer import Site, value_at
+from moadapt.registry import EXPERTS, ROUTERS
+from moadapt.targets import Target, find_targets
+
+SHARED_ROUTER = "mixture_router"
+
+
+@dataclass
+class Injection:
+    """What was put into a model.
+
+    Attributes:
+        layers: mixture layers by the name of the module they replaced.
+        routers: router sites by their unique name.
+        copies: trainable copies by the name of the module they stand for.
+        switch: turns all of them off and on.
+        handles: hooks of the shared routers.
+    """
+
+    layers: dict[str, MixtureLayer] = field(default_factory=dict)
+    routers: dict[str, RouterSite] = field(default_factory=dict)
+    copies: dict[str, TrainableCopy] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def remove(self, model: nn.Module, merged: bool) -> None:
+        """Put the base layers back; `merged` keeps the trained copies of `modules_to_save` instead of the originals."""
+        for name, layer in self.layers.items():
+            model.set_submodule(name, layer.base_layer)
+        for handle in self.handles:
+            handle.remove()
+        for module in list(model.modules()):
+            if SHARED_ROUTER in module._modules:
+                del module._modules[SHARED_ROUTER]
+        for name, wrapper in self.copies.items():
+            model.set_submodule(name, wrapper.copy if merged else wrapper.original_module)
+
+
+def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
+    """Freeze the model and put a mixture into it.
+
+    Args:
+        model: a transformers model; changed in place.
+        config: the mixture.
+
+    Raises:
+        ConfigError: targets that do not exist or per-layer values that do not fit.
+    """
+    if any(isinstance(module, MixtureLayer) for module in model.modules()):
+        raise ConfigError("this model already holds a mixture; unload() it, or start from the base model")
+    targets = find_targets(model, config)
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.router, []).append(target)
+    routers = {name: _build_router(model, config, ruled) for name, ruled in groups.items()}
+    banks = {target.site.name: _build_bank(model, config, target) for target in targets}
+
+    model.requires_grad_(False)
+    injection = Injection(routers=routers)
+    for target in targets:
+        name = target.site.name
+        own = routers[target.router] if target.router == name else None
+        layer = MixtureLayer(model.get_submodule(name), banks[name], own, target.router, injection.switch)
+        model.set_submodule(name, layer)
+        injection.layers[name] = layer
+    for name, (first, *_) in groups.items():
+        if name != first.site.name:
+            block = model.get_submodule(first.router_module)
+            block.add_module(SHARED_ROUTER, routers[name])
+            hook = SharedRouterHook(routers[name], injection.switch)
+            injection.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+    _copy_modules_to_save(model, config, injection)
+    return injection
+
+
+def _num_experts(config: MixtureConfig, site: Site) -> int:
+    return value_at("num_experts", config.num_experts, site)
+
+
+def _weight(model: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
+    """Device of a layer, and the dtype of its adapter: fp32 beside half-precision or quantised weights."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    floating = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return weight.device, torch.promote_types(floating, torch.float32)
+
+
+def _build_bank(model: nn.Module, config: MixtureConfig, target: Target) -> ExpertBank:
+    device, dtype = _weight(model, target.site.name)
+    expert = config.expert.at_site(target.site, "expert")
+    sizes = target.in_features, target.out_features, _num_experts(config, target.site)
+    try:
+        bank: ExpertBank = EXPERTS.build(expert, *sizes, device=device, dtype=dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{target.site.name}: {error}") from None
+    return bank
+
+
+def _build_router(model: nn.Module, config: MixtureConfig, ruled: list[Target]) -> RouterSite:
+    first = ruled[0]
+    numbers = {target.site.name: _num_experts(config, target.site) for target in ruled}
+    num_experts = numbers[first.site.name]
+    if len(set(numbers.values())) > 1:
+        raise ConfigError(
+            f"num_experts: the router {first.router} rules layers with different numbers of experts ({numbers}); one "
+            "router can only rule layers with the same number"
+        )
+    # A router that rules several layers is configured by its own name, not by that of one of its linears.
+    site = Site(first.router, first.site.layer, first.site.num_layers)
+    router_config = config.router.at_site(site, "router")
+    num_kept = getattr(router_config, "num_experts_per_tok", 1)
+    if num_kept > num_experts:
+        raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {first.router}, which has {num_experts} experts")
+    device, dtype = _weight(model, first.site.name)
+    router = ROUTERS.build(router_config, first.router_features, num_experts, device=device)
+    return RouterSite(first.router, router.to(dtype), first.stream)
+
+
+def _copy_modules_to_save(model: PreTrainedModel, config: MixtureConfig, injection: Injection) -> None:
+    modules = dict(model.named_modules())
+    for wanted in config.modules_to_save:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            raise ConfigError(f"modules_to_save: the model has no module {wanted!r}")
+        for name in found:
+            if any(isinstance(module, MixtureLayer) for module in modules[name].modules()):
+                raise ConfigError(f"modules_to_save: {name} is or holds an adapted module; choose one of both")
+            wrapper = TrainableCopy(modules[name], copy.deepcopy(modules[name]), injection.switch)
+            wrapper.copy.requires_grad_(True)
+            model.set_submodule(name, wrapper)
+            injection.copies[name] = wrapper
+
+
+def adapter_roles(injection: Injection, names: dict[str, nn.Parameter]) -> dict[str, Role]:
+    """What each adapter parameter is, by name: `router`, a role that its bank declares, or `other`."""
+    roles: dict[str, Role] = {}
+    by_id = {id(parameter): name for name, parameter in names.items()}
+    for site in injection.routers.values():
+        roles |= {by_id[id(parameter)]: "router" for parameter in site.parameters()}
+    for layer in injection.layers.values():
+        for local, parameter in layer.experts.named_parameters():
+            roles[by_id[id(parameter)]] = layer.experts.roles.get(local, "other")
+    return {name: roles.get(name, "other") for name in names}

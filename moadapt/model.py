@@ -1,0 +1,323 @@
+"""`MixtureModel`: a frozen base model with a mixture of adapters, used as peft's `PeftModel` is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from moadapt.config import MixtureConfig, parse_mixture_config
+from moadapt.errors import AdapterError, ConfigError
+from moadapt.experts.base import Role
+from moadapt.inject import adapter_roles, inject
+from moadapt.losses import AuxiliaryLoss
+from moadapt.passes import PassRequest, install_hooks, requesting
+from moadapt.registry import LOSSES
+from moadapt.routing import RoutingRecord, checkpoint_context_fn
+
+IGNORE_INDEX = -100
+
+
+def get_mixture_model(model: PreTrainedModel, config: MixtureConfig | dict[str, Any]) -> MixtureModel:
+    """Freeze a transformers model and give it a mixture of adapters.
+
+    Args:
+        model: any model with linear layers; changed in place (its targeted modules are replaced).
+        config: the mixture, as a config or as a mapping of its options.
+
+    Returns:
+        The model to train, in the training mode of `model`.
+
+    Raises:
+        ConfigError: an invalid config, or one that does not fit the model.
+    """
+    return MixtureModel(model, parse_mixture_config(config))
+
+
+class MixtureModel(nn.Module):
+    """A base model whose targeted modules carry mixtures of experts. Made by `get_mixture_model`.
+
+    In training, `forward` with `labels` returns the language-model loss plus the auxiliary losses as `loss`, so any
+    trainer of transformers models trains it. Attributes that are not found here are looked up in the base model.
+
+    Attributes:
+        base_model: the model itself, with replaced modules.
+        mixture_config: the mixture.
+        last_losses: the parts of the last loss, detached scalars: `lm`, every auxiliary loss by its kind before its
+            coefficient, and `aux`, their weighted sum.
+        accepts_loss_kwargs: tells transformers' `Trainer` that `num_items_in_batch` is understood.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
+        super().__init__()
+        checkpointing = model.is_gradient_checkpointing
+        self.mixture_config = config
+        self.injection = inject(model, config)
+        self._handles = install_hooks(model)
+        self.base_model = model
+        self._losses: dict[str, AuxiliaryLoss] = {loss.kind: LOSSES.build(loss) for loss in config.losses}
+        self.last_losses: dict[str, Tensor] = {}
+        self._adapter = self._find_adapter_parameters()
+        self._roles = adapter_roles(self.injection, self._adapter)
+        self.train(model.training)
+        if checkpointing:
+            self.gradient_checkpointing_enable()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(
+        self,
+        *args: Any,
+        prompt_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward pass, with the auxiliary losses in `loss`.
+
+        Args:
+            *args: passed to the base model.
+            prompt_mask: (B, S) bool, True at prompt tokens, for routers that ask for it.
+            task_ids: (B,) int64, for routers that ask for them.
+            num_items_in_batch: tokens with a label in all micro-batches (and processes) of the optimizer step. Given,
+                the loss is this micro-batch's share of the step's token mean: micro-batches then add up, the
+                auxiliary losses included.
+            **kwargs: passed to the base model.
+
+        Returns:
+            The base model's output. With `labels`, `loss` is the language-model loss, in training plus
+            `sum(coef * auxiliary loss)`; the attributes `lm_loss`, `aux_loss` and `aux_losses` hold the parts.
+        """
+        labels = kwargs.get("labels")
+        as_tuple = kwargs.get("return_dict") is False
+        if labels is not None:
+            kwargs["return_dict"] = True
+        active = self.injection.switch.enabled
+        request = PassRequest(prompt_mask, task_ids, record=bool(self._losses) and labels is not None and active)
+        with requesting(request):
+            output = self.base_model(*args, **kwargs)
+        if labels is None:
+            return output
+        records = request.context.records if request.context is not None else []
+        lm_loss = output.loss
+        aux_losses = self._auxiliary_losses(records) if active else {}
+        aux_loss = self._weighted_sum(aux_losses, lm_loss)
+        loss = lm_loss + aux_loss if self.training else lm_loss
+        if num_items_in_batch is not None:
+            loss = loss * (self.count_items(labels) / num_items_in_batch)
+        output.loss = loss
+        # Plain attributes, not keys: trainers that unpack or gather an output must not meet them.
+        for name, value in (("lm_loss", lm_loss.detach()), ("aux_loss", aux_loss), ("aux_losses", aux_losses)):
+            object.__setattr__(output, name, value)
+        self.last_losses = {"lm": lm_loss.detach(), **{name: value.detach() for name, value in aux_losses.items()}}
+        self.last_losses["aux"] = aux_loss.detach()
+        return output.to_tuple() if as_tuple else output
+
+    def count_items(self, labels: Tensor) -> Tensor:
+        """How many positions of a micro-batch (B, S) carry a loss: a causal model predicts all but the first."""
+        predicted = labels if self.base_model.config.is_encoder_decoder else labels[..., 1:]
+        return (predicted != IGNORE_INDEX).sum()
+
+    def _auxiliary_losses(self, records: list[RoutingRecord]) -> dict[str, Tensor]:
+        losses = {name: loss(records) for name, loss in self._losses.items()} if records else {}
+        banks = (layer.experts for layer in self.injection.layers.values())
+        terms = [term for bank in banks if (term := bank.regularization()) is not None]
+        if terms:
+            losses["regularization"] = torch.stack([term.float() for term in terms]).sum()
+        return losses
+
+    def _weighted_sum(self, aux_losses: dict[str, Tensor], like: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=like.device)
+        for name, value in aux_losses.items():
+            loss = self._losses.get(name)
+            total = total + value.to(like.device) * (1.0 if loss is None else loss.config.coef)
+        return total
+
+    def generate(
+        self, *args: Any, prompt_mask: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's `generate` with the mixture; takes all of its arguments.
+
+        Args:
+            *args: passed on.
+            prompt_mask: (B, S) bool, True at prompt tokens, for routers that ask for it.
+            task_ids: (B,) int64, for routers that ask for them.
+            **kwargs: passed on.
+        """
+        with requesting(PassRequest(prompt_mask, task_ids)):
+            return self.base_model.generate(*args, **kwargs)
+
+    # -- the adapter's tensors ------------------------------------------------------------------------------------
+
+    def _find_adapter_parameters(self) -> dict[str, nn.Parameter]:
+        own: set[int] = set()
+        parts: list[nn.Module] = [layer.experts for layer in self.injection.layers.values()]
+        parts += [*self.injection.routers.values(), *(wrapper.copy for wrapper in self.injection.copies.values())]
+        for part in parts:
+            own |= {id(parameter) for parameter in part.parameters()}
+        return {name: parameter for name, parameter in self.base_model.named_parameters() if id(parameter) in own}
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names, as in `mixture.safetensors`, and parameters of the adapter."""
+        yield from self._adapter.items()
+
+    def parameter_role(self, name: str) -> Role:
+        """What an adapter parameter is: `router`, `down`, `up`, `shared_down` or `other`."""
+        return self._roles[name]
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Detached tensors of the adapter by name."""
+        return {name: parameter.detach() for name, parameter in self._adapter.items()}
+
+    @torch.no_grad()
+    def load_adapter_state_dict(self, tensors: dict[str, Tensor], source: str = "the adapter") -> None:
+        """Copy the tensors into the adapter.
+
+        Raises:
+            AdapterError: a name is missing or left over, or a shape differs; nothing is changed then.
+        """
+        problems = [f"missing: {name}" for name in self._adapter if name not in tensors]
+        problems += [f"left over: {name}" for name in tensors if name not in self._adapter]
+        problems += [
+            f"shape of {name}: {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} in the model"
+            for name, parameter in self._adapter.items()
+            if name in tensors and tensors[name].shape != parameter.shape
+        ]
+        if problems:
+            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+            shown = "\n  ".join(problems[:10])
+            raise AdapterError(f"{source} does not fit this model and config:\n  {shown}{more}")
+        for name, parameter in self._adapter.items():
+            parameter.copy_(tensors[name])
+
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The adapter's tensors only; the frozen base model is not part of what is trained or saved."""
+        destination = {} if destination is None else destination
+        for name, parameter in self._adapter.items():
+            destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        return destination
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Counterpart of `state_dict`; always strict.
+
+        Raises:
+            AdapterError: names or shapes do not fit.
+        """
+        self.load_adapter_state_dict(dict(state_dict), "the state dict")
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters."""
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # -- modes ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the `with` block the model is the bare base model."""
+        before = self.injection.switch.enabled
+        self.injection.switch.enabled = False
+        try:
+            yield
+        finally:
+            self.injection.switch.enabled = before
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Activation checkpointing that recomputes with the routing decisions of the first pass.
+
+        Raises:
+            ConfigError: `use_reentrant: true`, which would lose the auxiliary losses' gradients without a word.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs.use_reentrant: true loses the gradient of the auxiliary losses; "
+                "set it to false"
+            )
+        options |= {"use_reentrant": False, "context_fn": checkpoint_context_fn}
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.base_model.gradient_checkpointing_disable()
+
+    # -- leaving --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Fold the mixture into the base weights and return the plain base model.
+
+        Raises:
+            AdapterError: a layer's routing depends on its input, so no single weight equals it; or its base weight is
+                quantised. Nothing is changed then.
+        """
+        gates: dict[str, Tensor] = {}
+        for name, layer in self.injection.layers.items():
+            constant = layer.constant_gates()
+            if constant is None:
+                raise AdapterError(
+                    f"cannot merge {name}: its routing depends on the input, so no single weight equals the mixture. "
+                    "Keep the adapter beside the base model, or train with num_experts: 1"
+                )
+            if not layer.weight.dtype.is_floating_point:
+                raise AdapterError(f"cannot merge {name}: its base weight is quantised; load it unquantised")
+            gates[name] = constant
+        for name, layer in self.injection.layers.items():
+            weight = layer.weight
+            delta_OI = layer.delta_weight(gates[name])
+            delta = delta_OI.T if isinstance(layer.base_layer, Conv1D) else delta_OI
+            weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+        return self._leave(merged=True)
+
+    def unload(self) -> PreTrainedModel:
+        """Take the mixture out and return the base model as it was."""
+        return self._leave(merged=False)
+
+    def _leave(self, merged: bool) -> PreTrainedModel:
+        self.injection.remove(self.base_model, merged)
+        for handle in self._handles:
+            handle.remove()
+        return self.base_model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `mixture_config.json`, `mixture.safetensors` and a model card; see `moadapt.saving`."""
+        from moadapt.saving import save_adapter
+
+        save_adapter(self, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel | None, adapter: str | Path, *, is_trainable: bool = False
+    ) -> MixtureModel:
+        """Load a saved adapter onto its base model; see `moadapt.saving.load_adapter`.
+
+        Args:
+            model: the base model; None loads the one that the adapter names.
+            adapter: a folder, or the id of a hub repository.
+            is_trainable: keep the adapter trainable; otherwise it is frozen and in evaluation mode.
+        """
+        from moadapt.saving import load_adapter
+
+        return load_adapter(model, adapter, is_trainable=is_trainable)

@@ -1,0 +1,191 @@
+"""The contract between routers, experts, losses and the model.
+
+A router turns hidden states into a `Routing`; expert banks and losses read it. What a router may know beyond
+the hidden states (padding, prompt, task, prefill or decoding) is in the `RoutingContext`.
+
+Shapes: B batch, S sequence, T = B * S tokens, N experts, K experts per token, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["token", "prompt", "task"]
+Phase = Literal["prefill", "decode"]
+Stream = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of one router.
+
+    The leading dimension is T for granularity `token` and B for `prompt` and `task`.
+
+    Attributes:
+        weights_TN: gate weights, differentiable, zero where an expert is not selected; fp32 (fp64 in a float64 model).
+        selected_TN: bool, which experts were selected.
+        logits_TN: router scores before any normalisation, same dtype as the weights.
+        probs_TN: router probabilities before selection, same dtype as the weights.
+        granularity: what one row of these tensors stands for.
+        indices_TK: int64 expert ids where the router selects a fixed number K per row, else None. An expert bank
+            may use them to touch K instead of N experts' activations.
+    """
+
+    weights_TN: Tensor
+    selected_TN: Tensor
+    logits_TN: Tensor
+    probs_TN: Tensor
+    granularity: Granularity = "token"
+    indices_TK: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of experts this routing chooses from."""
+        return self.weights_TN.shape[-1]
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """One router's decision in one forward pass, as the losses and statistics see it.
+
+    Attributes:
+        name: the router's name: its mixture layer (scope `linear`) or its block, relative to the base model.
+        routing: the decision.
+        mask_T: bool, True at real tokens (at real rows for granularity `prompt` and `task`), or None when all are.
+        batch_size: B, so that T can be split into sequences.
+    """
+
+    name: str
+    routing: Routing
+    mask_T: Tensor | None
+    batch_size: int
+
+
+class DecisionTape:
+    """Discrete decisions of one checkpointed region, replayed when the region is computed again.
+
+    Recomputation may differ in the last bits, and a near tie would then pick another expert and change what the
+    saved tensors mean. So what the first pass decided is what the second computes with.
+    """
+
+    def __init__(self) -> None:
+        self._decisions: list[Tensor] = []
+        self._position: int | None = None  # None while recording
+
+    def rewind(self) -> None:
+        """Start a replay from the first decision."""
+        self._position = 0
+
+    def decide(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Record `compute()` on the first pass, return the recorded value on a replay."""
+        if self._position is None:
+            self._decisions.append(compute())
+            return self._decisions[-1]
+        if self._position >= len(self._decisions):
+            raise RuntimeError("activation checkpointing recomputed more routing decisions than its first pass made")
+        self._position += 1
+        return self._decisions[self._position - 1]
+
+
+@dataclass
+class RoutingContext:
+    """What one forward pass of the base model knows beyond its hidden states.
+
+    Attributes:
+        padding_masks: per stream, bool (B, S), True at real tokens; a missing stream has no padding.
+        prompt_mask_BS: bool, True at the tokens of the prompt (not of the answer), or None when not known.
+        task_ids_B: int64 task of each row, or None when not known.
+        phase: `prefill` for a whole sequence (training, evaluation, the first step of generation), `decode` for
+            the following tokens of a generation.
+        batch_size: B.
+        record: whether routings are collected into `records`.
+        records: the routings of this pass in the order in which they were made; recomputation adds none.
+        shared: decisions of routers that rule several layers, by router name.
+    """
+
+    padding_masks: dict[Stream, Tensor] = field(default_factory=dict)
+    prompt_mask_BS: Tensor | None = None
+    task_ids_B: Tensor | None = None
+    phase: Phase = "prefill"
+    batch_size: int = 1
+    record: bool = False
+    records: list[RoutingRecord] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    _tape: DecisionTape | None = field(default=None, repr=False)
+    _replaying: bool = field(default=False, repr=False)
+
+    def decide(self, compute: Callable[[], Tensor]) -> Tensor:
+        """A discrete decision (indices, a mask): `compute()` once, and the same again under recomputation.
+
+        It runs without gradients. Every router must make its selection through this call, so that activation
+        checkpointing never re-routes.
+        """
+        with torch.no_grad():  # a graph here would save tensors that the replay does not
+            return compute() if self._tape is None else self._tape.decide(compute)
+
+    def add_record(self, name: str, routing: Routing, stream: Stream, batch_size: int) -> None:
+        """Collect one routing, unless nothing is being recorded or the pass is a recomputation."""
+        if not self.record or self._replaying:
+            return
+        mask = self.padding_masks.get(stream) if routing.granularity == "token" else None
+        if mask is not None:
+            mask = mask.reshape(-1)
+            if mask.shape[0] != routing.weights_TN.shape[0]:
+                raise RuntimeError(
+                    f"router {name}: {routing.weights_TN.shape[0]} tokens were routed but the padding mask covers "
+                    f"{mask.shape[0]}"
+                )
+        self.records.append(RoutingRecord(name, routing, mask, batch_size))
+
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """The (forward, recompute) context managers for one `torch.utils.checkpoint` region."""
+        tape = DecisionTape()
+        return self._region(tape, replay=False), self._region(tape, replay=True)
+
+    @contextmanager
+    def _region(self, tape: DecisionTape, replay: bool) -> Iterator[None]:
+        token = _CURRENT.set(self)
+        before = self._tape, self._replaying
+        if replay:
+            tape.rewind()
+        self._tape, self._replaying = tape, replay
+        try:
+            yield
+        finally:
+            self._tape, self._replaying = before
+            _CURRENT.reset(token)
+
+    @contextmanager
+    def active(self) -> Iterator[RoutingContext]:
+        """Make this the context that mixture layers see, in this thread or task only."""
+        token = _CURRENT.set(self)
+        try:
+            yield self
+        finally:
+            _CURRENT.reset(token)
+
+
+_CURRENT: ContextVar[RoutingContext | None] = ContextVar("moadapt_routing_context", default=None)
+
+
+def current_context() -> RoutingContext:
+    """The context of the running forward pass; an empty one outside of any."""
+    context = _CURRENT.get()
+    return RoutingContext() if context is None else context
+
+
+def checkpoint_context_fn() -> tuple[Any, Any]:
+    """The `context_fn` for `torch.utils.checkpoint` (non-reentrant): recomputation repeats the first decisions."""
+    return current_context().checkpoint_contexts()
+
+
+def router_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of all router arithmetic: fp32, or fp64 for float64 hidden states."""
+    return torch.promote_types(hidden_states.dtype, torch.float32)

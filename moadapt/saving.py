@@ -1,0 +1,233 @@
+"""Adapters on disk: `mixture_config.json`, `mixture.safetensors` and a model card.
+
+Only the adapter's tensors are written, and never a pickle. The JSON holds the mixture's options and what identifies
+the base model, so that an adapter is not put onto another model by mistake.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+import moadapt
+from moadapt.config import MixtureConfig
+from moadapt.errors import AdapterError
+from moadapt.model import MixtureModel
+from moadapt.registry import config_error
+
+CONFIG_FILE = "mixture_config.json"
+WEIGHTS_FILE = "mixture.safetensors"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+
+_IDENTITY = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def base_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another: its class and the sizes in its config."""
+    config = model.config.get_text_config()
+    sizes = {name: getattr(config, name) for name in _IDENTITY if getattr(config, name, None) is not None}
+    return {"architecture": type(model).__name__, **sizes}
+
+
+def save_adapter(
+    model: MixtureModel,
+    directory: str | Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    card: str | None = None,
+    **ignored: Any,
+) -> None:
+    """Write an adapter folder.
+
+    Args:
+        model: the mixture.
+        directory: where to; made if need be. Files of an earlier adapter in it are replaced.
+        state_dict: the adapter's tensors, if they have been gathered already (as under ZeRO-3).
+        card: text of the model card; a short one is written when not given.
+        **ignored: transformers' trainers pass `safe_serialization` and `is_main_process`; the format is fixed.
+
+    Raises:
+        AdapterError: the folder's place is taken by a file, or the tensors are not whole.
+    """
+    if not ignored.get("is_main_process", True):
+        return
+    folder = Path(directory)
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file; an adapter is saved as a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    given = state_dict or model.adapter_state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise AdapterError(f"{empty[0]} is empty: ZeRO-3 has partitioned it; save through the trainer")
+    base = {"name_or_path": model.base_model.name_or_path, **base_identity(model.base_model)}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "moadapt_version": moadapt.__version__,
+        "base_model": base,
+        "mixture": model.mixture_config.model_dump(mode="json"),
+    }
+    _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(document, indent=2) + "\n"))
+    _write(folder / CARD_FILE, lambda path: path.write_text(card or model_card(model)))
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write beside the file and rename, so that nobody meets half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def model_card(model: MixtureModel, results: str = "") -> str:
+    """Markdown with the metadata that model hubs read; `results` is a section of its own."""
+    config = model.mixture_config
+    name = model.base_model.name_or_path
+    trainable = sum(parameter.numel() for _, parameter in model.adapter_parameters())
+    header = f"base_model: {name}\n" if name else ""
+    section = f"\n## Results\n\n{results}\n" if results else ""
+    return f"""---
+library_name: moadapt
+{header}tags:
+- moadapt
+- mixture-of-experts
+- lora
+---
+
+# Mixture of adapters for `{name or type(model.base_model).__name__}`
+
+| | |
+|---|---|
+| preset | {config.preset or "none"} |
+| experts | {config.num_experts} of kind `{config.expert.kind}` |
+| router | `{config.router.kind}` |
+| adapted layers | {len(model.injection.layers)} |
+| adapter parameters | {trainable:,} |
+{section}
+## Use
+
+```python
+from moadapt import MixtureModel
+
+model = MixtureModel.from_pretrained(None, "path/to/this/folder")
+```
+"""
+
+
+def read_adapter_config(adapter: str | Path) -> tuple[MixtureConfig, dict[str, Any]]:
+    """The mixture and the base model's identity that an adapter folder names.
+
+    Raises:
+        AdapterError: no adapter there, or its JSON cannot be used.
+    """
+    path = adapter_folder(adapter) / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise AdapterError(f"{adapter}: no {CONFIG_FILE} there; give the folder that save_pretrained wrote") from None
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise AdapterError(f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; update moadapt")
+    try:
+        return MixtureConfig.model_validate(document["mixture"]), dict(document["base_model"])
+    except KeyError as error:
+        raise AdapterError(f"{path}: no {error} in it; the file is not whole") from None
+    except ValidationError as error:
+        raise AdapterError(str(config_error(error, str(path)))) from None
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """A local folder as it is; anything else is downloaded as a hub repository.
+
+    Raises:
+        AdapterError: neither exists.
+    """
+    folder = Path(adapter)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(f"{adapter}: no such folder, and no hub repository to fetch ({error})") from None
+
+
+def load_adapter(model: PreTrainedModel | None, adapter: str | Path, *, is_trainable: bool = False) -> MixtureModel:
+    """Put a saved adapter onto its base model.
+
+    Args:
+        model: the base model; None loads the one that the adapter names.
+        adapter: a folder, or the id of a hub repository.
+        is_trainable: keep the adapter trainable; otherwise it is frozen and in evaluation mode.
+
+    Raises:
+        AdapterError: another base model, or missing, left-over or misshapen tensors.
+    """
+    config, saved = read_adapter_config(adapter)
+    if model is None:
+        if not saved.get("name_or_path"):
+            raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
+        model = load_base_model(saved["name_or_path"])
+    here = base_identity(model)
+    differences = [
+        f"{key}: {value!r} there, {here[key]!r} here" for key, value in saved.items() if here.get(key, value) != value
+    ]
+    if differences:
+        name = saved.get("name_or_path")
+        raise AdapterError(f"{adapter} was trained on another base model ({name}): " + "; ".join(differences))
+    weights = adapter_folder(adapter) / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise AdapterError(f"{adapter}: {WEIGHTS_FILE} is missing; the folder is not whole") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{weights}: cannot be read ({error}); the file is damaged, copy it again") from None
+    mixture = MixtureModel(model, config)
+    try:
+        mixture.load_adapter_state_dict(tensors, str(weights))
+    except AdapterError:
+        mixture.unload()  # the caller's model is as it was
+        raise
+    if not is_trainable:
+        mixture.requires_grad_(False)
+        mixture.eval()
+    return mixture
+
+
+def load_base_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal or encoder-decoder language model by its hub id or folder.
+
+    Args:
+        name_or_path: hub id or local folder.
+        **kwargs: passed to `from_pretrained`, as `dtype` or `quantization_config`.
+
+    Raises:
+        AdapterError: it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot load the base model {name_or_path!r}: {error}") from None
+    return model
