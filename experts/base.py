@@ -6,6 +6,7 @@ Shapes: T tokens, I in features, O out features, N experts, K experts per token,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -76,16 +77,17 @@ class ExpertBank(nn.Module, ABC):
         self.num_experts = num_experts
 
     @abstractmethod
-    def forward(self, x_TI: Tensor, routing: Routing, base_output_TO: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor, routing: Routing, base: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         """The base output plus the mixed deltas of the selected experts.
 
         Args:
             x_TI: the base layer's input.
             routing: gate weights of each row of `x_TI`.
-            base_output_TO: what the base layer made of `x_TI`; it may be overwritten.
+            base: the base layer, for the bank to run on `x_TI` when it suits it; or (T, O), what the layer has made
+                of `x_TI` already, which may be overwritten.
 
         Returns:
-            (T, O), dtype of `base_output_TO`.
+            (T, O), dtype of the base output.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from moadapt.experts.base import ExpertBank, LowRankConfig, Role
-from moadapt.experts.low_rank import mix_low_rank
+from moadapt.experts.low_rank import Base, mix_up, project_down
 from moadapt.registry import EXPERTS
 from moadapt.routing import Routing
 
@@ -83,15 +83,14 @@ class LoraBank(ExpertBank):
             self.lora_A.uniform_(-bound, bound)
         self.lora_B.zero_()
 
-    def forward(self, x_TI: Tensor, routing: Routing, base_output_TO: Tensor) -> Tensor:
-        """(T, I) and (T, O) -> (T, O); see the base class."""
+    def forward(self, x_TI: Tensor, routing: Routing, base: Base) -> Tensor:
+        """(T, I) -> (T, O); see the base class."""
         self._check_rows(x_TI, routing)
-        x_TI = self.dropout(x_TI)
-        if not self.config.shared_down:
-            return mix_low_rank(base_output_TO, x_TI, routing, self.lora_A, self.lora_B, self.scaling)
-        z_TR = nn.functional.linear(x_TI, self.lora_A[0].to(x_TI.dtype))
-        identity_NRR = torch.eye(self.r, dtype=z_TR.dtype, device=z_TR.device).expand(self.num_experts, -1, -1)
-        return mix_low_rank(base_output_TO, z_TR, routing, identity_NRR, self.lora_B, self.scaling)
+        dropped_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0.0 else None
+        base_TO, h_TM = project_down(base, x_TI, self.lora_A.flatten(0, 1), dropped_TI)
+        if self.config.shared_down:
+            h_TM = h_TM.repeat(1, self.num_experts)
+        return mix_up(base_TO, h_TM, routing, self.lora_B, self.scaling)
 
     def delta_weight(self, expert: int) -> Tensor:
         """s B_e A_e: (O, I)."""

@@ -2,32 +2,35 @@
 
     y = base + sum_e g_e s B_e A_e x = base + ((x A^T) * g s) B,   A = [A_1; ...; A_N] (N*R, I), B (N*R, O)
 
-Nothing of size T*I or T*O is made for it: gates act in rank space, on the K*R numbers of a token that its experts
-own, and the second product accumulates into the base output. Every expert takes part in every call, shapes never
-depend on the routing, and nothing waits for the device. For the backward pass only x, the selected (T*K, R)
-activations, the (T, K) gates and indices are kept.
+Nothing of size T*I or T*O is made for it, forward or backward: gates act in rank space, on the K*R numbers of a token
+that its experts own; the second product accumulates into the base output, and the gradient to x into the one that the
+base layer made. Every expert takes part in every call, shapes never depend on the routing, and nothing waits for the
+device. For the backward pass only x, the selected (T*K, R) activations, the (T, K) gates and indices are kept.
 
-Shapes: T tokens, I in, O out, N experts, K per token, R rank.
+Shapes: T tokens, I in, O out, N experts, K per token, R rank, M = N*R (or the shared rank of a kind).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from moadapt.routing import Routing
 
+Base = Tensor | Callable[[Tensor], Tensor]
+"""The base layer's output, or the base layer itself."""
 
-def mix_low_rank(
-    base_TO: Tensor, x_TI: Tensor, routing: Routing, a_NRI: Tensor, b_NRO: Tensor, scaling: float
-) -> Tensor:
+
+def mix_low_rank(base: Base, x_TI: Tensor, routing: Routing, a_NRI: Tensor, b_NRO: Tensor, scaling: float) -> Tensor:
     """`base + scaling * sum_e gate_e * (x A_e^T) B_e`.
 
     Args:
-        base_TO: output of the base layer; overwritten where autograd allows it, so do not use it afterwards.
+        base: the base layer, or what it made of `x_TI`: (T, O), overwritten where autograd allows it.
         x_TI: the experts' input. Products run in its dtype (in the autocast dtype under autocast).
         routing: gate weights, (T, N), and the selected indices if their number is fixed.
         a_NRI: down-projections, any floating dtype.
@@ -35,79 +38,146 @@ def mix_low_rank(
         scaling: s.
 
     Returns:
-        (T, O) in the dtype of `base_TO`. Differentiable once in all tensors.
+        (T, O) in the dtype of the base output. Differentiable once in all tensors.
     """
-    device = x_TI.device.type
-    if torch.is_autocast_enabled(device):
-        x_TI = x_TI.to(torch.get_autocast_dtype(device))
+    base_TO, h_TM = project_down(base, x_TI, a_NRI.flatten(0, 1))
+    return mix_up(base_TO, h_TM, routing, b_NRO, scaling)
+
+
+def project_down(base: Base, x_TI: Tensor, a_MI: Tensor, experts_x_TI: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run the base layer and the down-projection, so that their gradients to x meet in one buffer.
+
+    Args:
+        base: the base layer, or its output.
+        x_TI: input of both.
+        a_MI: down-projection.
+        experts_x_TI: the down-projection's input, if dropout made it another than the base layer's.
+
+    Returns:
+        The base output (T, O), and `x A^T` (T, M) in the dtype of x (the autocast dtype under autocast).
+    """
+    if isinstance(base, Tensor) or experts_x_TI is not None:
+        h_TM = _project(x_TI if experts_x_TI is None else experts_x_TI, a_MI, False)[1]
+        return base if isinstance(base, Tensor) else base(x_TI), h_TM
+    # Only the layers known to hand out a gradient buffer of their own may have it written to.
+    owned = type(base) in (nn.Linear, Conv1D) and not base._backward_hooks and not base._backward_pre_hooks  # type: ignore[attr-defined]
+    x_TI, h_TM = _project(x_TI, a_MI, owned)
+    return base(x_TI), h_TM
+
+
+def mix_up(base_TO: Tensor, h_TM: Tensor, routing: Routing, b_NRO: Tensor, scaling: float) -> Tensor:
+    """`base + (h * gates * scaling) B`: gate in rank space, project up, accumulate.
+
+    Args:
+        base_TO: output of the base layer; overwritten where autograd allows it, so do not use it afterwards.
+        h_TM: all experts' activations, M = N*R.
+        routing: gate weights and selected indices.
+        b_NRO: up-projections, stored transposed.
+        scaling: s.
+
+    Returns:
+        (T, O) in the dtype of `base_TO`.
+    """
     # A base output that is a view (of Conv1D's flat product, or of a ZeRO-3 wrapper) is left alone.
     is_trained_leaf = base_TO.requires_grad and base_TO.is_leaf
-    in_place = base_TO.dtype == x_TI.dtype and not base_TO._is_view() and not is_trained_leaf
-    with torch.autocast(device, enabled=False):
-        mixed: Tensor = _MixLowRank.apply(  # type: ignore[no-untyped-call]
-            base_TO, x_TI, routing.weights_TN, routing.indices_TK, a_NRI, b_NRO, scaling, in_place
+    in_place = base_TO.dtype == h_TM.dtype and not base_TO._is_view() and not is_trained_leaf
+    with torch.autocast(h_TM.device.type, enabled=False):
+        mixed: Tensor = _MixUp.apply(  # type: ignore[no-untyped-call]
+            base_TO, h_TM, routing.weights_TN, routing.indices_TK, b_NRO, scaling, in_place
         )
     return mixed
 
 
-class _MixLowRank(torch.autograd.Function):
+def _project(x_TI: Tensor, a_MI: Tensor, owned: bool) -> tuple[Tensor, Tensor]:
+    device = x_TI.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TI.dtype
+    with torch.autocast(device, enabled=False):
+        projected: tuple[Tensor, Tensor] = _ProjectDown.apply(x_TI, a_MI, dtype, owned)  # type: ignore[no-untyped-call]
+    return projected
+
+
+class _ProjectDown(torch.autograd.Function):
+    """x -> (x, x A^T). The first output goes to the base layer; its gradient is the buffer for the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, a_MI: Tensor, dtype: torch.dtype, owned: bool) -> tuple[Tensor, Tensor]:
+        cast_TI = x_TI.to(dtype)
+        ctx.save_for_backward(cast_TI, a_MI)
+        ctx.x_dtype, ctx.owned = x_TI.dtype, owned
+        ctx.set_materialize_grads(False)
+        passed_TI = x_TI.view_as(x_TI)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed_TI)
+        return passed_TI, cast_TI @ a_MI.to(dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TI: Tensor | None, grad_TM: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_TM is None:
+            return grad_TI, None, None, None
+        x_TI, a_MI = ctx.saved_tensors
+        grad_a = (grad_TM.T @ x_TI).to(a_MI.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, None, None
+        a_MI = a_MI.to(grad_TM.dtype)
+        if grad_TI is None:
+            return (grad_TM @ a_MI).to(ctx.x_dtype), grad_a, None, None
+        if grad_TI.dtype != grad_TM.dtype:
+            return grad_TI + (grad_TM @ a_MI).to(ctx.x_dtype), grad_a, None, None
+        if ctx.owned:
+            return grad_TI.addmm_(grad_TM, a_MI), grad_a, None, None
+        return torch.addmm(grad_TI, grad_TM, a_MI), grad_a, None, None
+
+
+class _MixUp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         base_TO: Tensor,
-        x_TI: Tensor,
+        h_TM: Tensor,
         weights_TN: Tensor,
         indices_TK: Tensor | None,
-        a_NRI: Tensor,
         b_NRO: Tensor,
         scaling: float,
         in_place: bool,
     ) -> Tensor:
-        h_TNR = (x_TI @ _flat(a_NRI, x_TI).T).view(x_TI.shape[0], *a_NRI.shape[:2])
+        num_experts, rank, _ = b_NRO.shape
         gates = weights_TN if indices_TK is None else weights_TN.gather(-1, indices_TK)
-        h = _pick(h_TNR, indices_TK)
-        gated_TM = _spread(_scale(h, gates, scaling), indices_TK, a_NRI.shape[0])
-        ctx.save_for_backward(x_TI, h, gates, indices_TK, a_NRI, b_NRO)
+        h = _pick(h_TM.view(-1, num_experts, rank), indices_TK)
+        gated_TM = _spread(_scale(h, gates, scaling), indices_TK, num_experts)
+        ctx.save_for_backward(h, gates, indices_TK, b_NRO)
         ctx.scaling = scaling
+        b_MO = b_NRO.flatten(0, 1).to(h.dtype)
         if in_place:
             ctx.mark_dirty(base_TO)
-            return base_TO.addmm_(gated_TM, _flat(b_NRO, x_TI))
-        if base_TO.dtype == x_TI.dtype:
-            return torch.addmm(base_TO, gated_TM, _flat(b_NRO, x_TI))
-        return base_TO + (gated_TM @ _flat(b_NRO, x_TI)).to(base_TO.dtype)
+            return base_TO.addmm_(gated_TM, b_MO)
+        if base_TO.dtype == h.dtype:
+            return torch.addmm(base_TO, gated_TM, b_MO)
+        return base_TO + (gated_TM @ b_MO).to(base_TO.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, h, gates, indices_TK, a_NRI, b_NRO = ctx.saved_tensors
-        need_base, need_x, need_weights, _, need_a, need_b = ctx.needs_input_grad[:6]
-        num_experts, rank, _ = a_NRI.shape
+        h, gates, indices_TK, b_NRO = ctx.saved_tensors
+        need_base, need_h, need_weights, _, need_b = ctx.needs_input_grad[:5]
+        num_experts, rank, _ = b_NRO.shape
         grad_base = grad_TO if need_base else None
-        grad_x = grad_weights = grad_a = grad_b = None
-        grad_TO = grad_TO.to(x_TI.dtype)
+        grad_h = grad_weights = grad_b = None
+        grad_TO = grad_TO.to(h.dtype)
         if need_b:
             gated_TM = _spread(_scale(h, gates, ctx.scaling), indices_TK, num_experts)
             grad_b = (gated_TM.T @ grad_TO).view(b_NRO.shape).to(b_NRO.dtype)
-        if need_x or need_weights or need_a:
-            grad_gated_TNR = (grad_TO @ _flat(b_NRO, x_TI).T).view(-1, num_experts, rank)
-            grad_gated = _pick(grad_gated_TNR, indices_TK)
+        if need_h or need_weights:
+            grad_gated_TM = grad_TO @ b_NRO.flatten(0, 1).to(h.dtype).T
+            grad_gated = _pick(grad_gated_TM.view(-1, num_experts, rank), indices_TK)
             if need_weights:
                 grad_weights = (grad_gated.to(gates.dtype) * h).sum(-1) * ctx.scaling
                 if indices_TK is not None:
                     dense_TN = grad_weights.new_zeros(grad_weights.shape[0], num_experts)
                     grad_weights = dense_TN.scatter_(-1, indices_TK, grad_weights)
-            if need_x or need_a:
-                grad_h_TM = _spread(_scale(grad_gated, gates, ctx.scaling), indices_TK, num_experts)
-                if need_a:
-                    grad_a = (grad_h_TM.T @ x_TI).view(a_NRI.shape).to(a_NRI.dtype)
-                if need_x:
-                    grad_x = grad_h_TM @ _flat(a_NRI, x_TI)
-        return grad_base, grad_x, grad_weights, None, grad_a, grad_b, None, None
-
-
-def _flat(stacked: Tensor, like: Tensor) -> Tensor:
-    """(N, R, F) -> (N*R, F) in the dtype of `like`; a view when the dtype is the same."""
-    return stacked.flatten(0, 1).to(like.dtype)
+            if need_h:
+                grad_h = _spread(_scale(grad_gated, gates, ctx.scaling), indices_TK, num_experts)
+        return grad_base, grad_h, grad_weights, None, grad_b, None, None
 
 
 def _scale(h: Tensor, gates: Tensor, scaling: float) -> Tensor:
@@ -135,4 +205,4 @@ def _spread(h: Tensor, indices_TK: Tensor | None, num_experts: int) -> Tensor:
         return h.flatten(1)
     tokens, _, rank = h.shape
     spread = h.new_zeros(tokens * num_experts, rank)
-    return spread.index_copy_(0, _rows(indices_TK, num_experts), h.flatten(0, 1)).view(tokens, -1)
+    return spread.index_copy_(0, _rows(indices_TK, num_experts), h.flatten(0, 1)).view(tokens, num_experts * rank)

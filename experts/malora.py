@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, LowRankConfig, Role
-from moadapt.experts.low_rank import mix_low_rank
+from moadapt.experts.low_rank import Base, mix_up, project_down
 from moadapt.per_layer import PerLayerInt
 from moadapt.registry import EXPERTS
 from moadapt.routing import Routing
@@ -152,12 +152,13 @@ class MaloraBank(ExpertBank):
         self.malora_P.copy_((u_NCC * sigma_NC.unsqueeze(1))[:, : self.r] / self.config.beta)
         self.shared_A.copy_(self.config.beta * v_NCI[0])
 
-    def forward(self, x_TI: Tensor, routing: Routing, base_output_TO: Tensor) -> Tensor:
-        """(T, I) and (T, O) -> (T, O); see the base class."""
+    def forward(self, x_TI: Tensor, routing: Routing, base: Base) -> Tensor:
+        """(T, I) -> (T, O); see the base class."""
         self._check_rows(x_TI, routing)
-        x_TI = self.dropout(x_TI)
-        z_TC = nn.functional.linear(x_TI, self.shared_A.to(x_TI.dtype))
-        return mix_low_rank(base_output_TO, z_TC, routing, self.malora_P, self.malora_B, self.scaling)
+        dropped_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0.0 else None
+        base_TO, z_TC = project_down(base, x_TI, self.shared_A, dropped_TI)
+        h_TM = nn.functional.linear(z_TC, self.malora_P.flatten(0, 1).to(z_TC.dtype))
+        return mix_up(base_TO, h_TM, routing, self.malora_B, self.scaling)
 
     def delta_weight(self, expert: int) -> Tensor:
         """s B_t P_t S_A: (O, I)."""

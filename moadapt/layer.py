@@ -94,7 +94,7 @@ class MixtureLayer(nn.Module):
             return output
         routing = self._routing(x, current_context())
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO: Tensor = self.experts(x_TI, routing, self.base_layer(x_TI))
+        y_TO: Tensor = self.experts(x_TI, routing, self.base_layer)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _routing(self, x: Tensor, context: RoutingContext) -> Routing:
