@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from rich import get_console
 from torch import Tensor
 
 from moadapt.errors import AdapterError, ConfigError, DataError
@@ -115,7 +117,9 @@ class MultiTaskTrainer:
         self._check_tasks()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         side = self.data.padding_side if self.data else "right"
-        self.collator = Collator(pad or 0, side, self.is_encoder_decoder)
+        # Left padding shifts tokens, so a model with absolute positions must be told where each row starts.
+        positions = side == "left" and "position_ids" in signature(model.base_model.forward).parameters
+        self.collator = Collator(pad or 0, side, self.is_encoder_decoder, position_ids=positions)
         self.sampler = MixtureSampler(
             [len(task.train) for task in self.tasks],
             config.per_device_train_batch_size,
@@ -150,6 +154,9 @@ class MultiTaskTrainer:
         if tasks is None:
             seed = self.config.seed
             tasks = load_tasks(data, self.tokenizer, is_encoder_decoder=self.is_encoder_decoder, seed=seed)
+            if self.processes.is_main and not self.config.disable_tqdm:
+                for task in tasks:
+                    get_console().print(task.report(), highlight=False, markup=False)
         return data, tasks
 
     def _check_tasks(self) -> None:
