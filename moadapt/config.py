@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 from typing_extensions import Self
 
 import moadapt.experts
@@ -13,7 +15,7 @@ import moadapt.losses
 import moadapt.routers  # noqa: F401  (these imports fill the tables of kinds)
 from moadapt.per_layer import PerLayerInt
 from moadapt.presets import PRESETS, merge_preset
-from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Config, KindConfig, OfKind, closest, config_error
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Config, KindConfig, OfKind, closest, config_error, problem
 
 Names = list[str] | str
 
@@ -54,10 +56,15 @@ class MixtureConfig(Config):
         if not isinstance(data, dict) or data.get("preset") is None:
             return data
         name = data["preset"]
-        if name not in PRESETS:
+        return merge_preset(PRESETS[name], data) if isinstance(name, str) and name in PRESETS else data
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
             valid = list(PRESETS)
-            raise ValueError(f"preset: unknown preset {name!r}{closest(str(name), valid)} Valid: {', '.join(valid)}")
-        return merge_preset(PRESETS[name], data)
+            raise ValueError(f"unknown preset{closest(value, valid)} Valid presets: {', '.join(valid)}")
+        return value
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -72,33 +79,39 @@ class MixtureConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _fill_in_shorthands(self) -> Self:
+    def _options_fit_together(self) -> Self:
+        problems = [*self._fill_in_shorthands(), *self._contradictions()]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+    def _fill_in_shorthands(self) -> Iterator[InitErrorDetails]:
         for option, kind in (("router_aux_loss_coef", "load_balance"), ("router_z_loss_coef", "router_z")):
             coef = getattr(self, option)
             if coef is None:
                 continue
             if any(loss.kind == kind for loss in self.losses):
-                raise ValueError(f"{option} and losses both set {kind}; keep one of them")
+                yield problem(f"{option} and losses both set {kind}; keep one of them", option, value=coef)
+                continue
             # Assigned through __dict__: an ordinary assignment would validate, and so run this again.
             self.__dict__["losses"] = [*self.losses, LOSSES.parse({"kind": kind, "coef": coef})]
             self.__dict__[option] = None
-        return self
 
-    @model_validator(mode="after")
-    def _options_have_an_effect(self) -> Self:
+    def _contradictions(self) -> Iterator[InitErrorDetails]:
         kinds = [loss.kind for loss in self.losses]
-        for kind in {kind for kind in kinds if kinds.count(kind) > 1}:
-            raise ValueError(f"losses: {kind} is listed more than once; keep one")
+        for kind in dict.fromkeys(kinds):
+            if kinds.count(kind) > 1:
+                yield problem(f"{kind} is listed more than once; keep one", "losses")
         selects_all = ROUTERS.get(self.router.kind).cls.selects_all
-        for loss in self.losses:
-            LOSSES.get(loss.kind).cls.check(loss, selects_all)
+        for index, loss in enumerate(self.losses):
+            try:
+                LOSSES.get(loss.kind).cls.check(loss, selects_all)
+            except ValueError as error:
+                yield problem(str(error), "losses", index)
         num_kept = getattr(self.router, "num_experts_per_tok", None)
         if isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
-            raise ValueError(
-                f"router.num_experts_per_tok ({num_kept}) exceeds num_experts ({self.num_experts}); lower the one or "
-                "raise the other"
-            )
-        return self
+            text = f"{num_kept} exceeds num_experts ({self.num_experts}); lower the one or raise the other"
+            yield problem(text, "router", "num_experts_per_tok")
 
 
 def parse_mixture_config(data: MixtureConfig | dict[str, Any], source: str = "") -> MixtureConfig:

@@ -31,6 +31,7 @@ class Injection:
         copies: trainable copies by the name of the module they stand for.
         switch: turns all of them off and on.
         handles: hooks of the shared routers.
+        was_trainable: names of the base parameters that had `requires_grad` before.
     """
 
     layers: dict[str, MixtureLayer] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Injection:
     copies: dict[str, TrainableCopy] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     handles: list[RemovableHandle] = field(default_factory=list)
+    was_trainable: set[str] = field(default_factory=set)
 
     def remove(self, model: nn.Module, merged: bool) -> None:
         """Put the base layers back; `merged` keeps the trained copies of `modules_to_save` instead of the originals."""
@@ -50,6 +52,8 @@ class Injection:
                 del module._modules[SHARED_ROUTER]
         for name, wrapper in self.copies.items():
             model.set_submodule(name, wrapper.copy if merged else wrapper.original_module)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.was_trainable)
 
 
 def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
@@ -70,9 +74,13 @@ def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
         groups.setdefault(target.router, []).append(target)
     routers = {name: _build_router(model, config, ruled) for name, ruled in groups.items()}
     banks = {target.site.name: _build_bank(model, config, target) for target in targets}
+    saved_too = _modules_to_save(model, config, [target.site.name for target in targets])
 
+    # Nothing has been changed up to here, and nothing below fails.
+    injection = Injection(
+        routers=routers, was_trainable={name for name, p in model.named_parameters() if p.requires_grad}
+    )
     model.requires_grad_(False)
-    injection = Injection(routers=routers)
     for target in targets:
         name = target.site.name
         own = routers[target.router] if target.router == name else None
@@ -85,7 +93,12 @@ def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
             block.add_module(SHARED_ROUTER, routers[name])
             hook = SharedRouterHook(routers[name], injection.switch)
             injection.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-    _copy_modules_to_save(model, config, injection)
+    for name in saved_too:
+        original = model.get_submodule(name)
+        wrapper = TrainableCopy(original, copy.deepcopy(original), injection.switch)
+        wrapper.copy.requires_grad_(True)
+        model.set_submodule(name, wrapper)
+        injection.copies[name] = wrapper
     return injection
 
 
@@ -132,19 +145,24 @@ def _build_router(model: nn.Module, config: MixtureConfig, ruled: list[Target]) 
     return RouterSite(first.router, router.to(dtype), first.stream)
 
 
-def _copy_modules_to_save(model: PreTrainedModel, config: MixtureConfig, injection: Injection) -> None:
-    modules = dict(model.named_modules())
+def _modules_to_save(model: PreTrainedModel, config: MixtureConfig, adapted: list[str]) -> list[str]:
+    """Full names of the modules that `modules_to_save` asks for."""
+    names = [name for name, _ in model.named_modules()]
+    chosen: list[str] = []
     for wanted in config.modules_to_save:
-        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
         if not found:
             raise ConfigError(f"modules_to_save: the model has no module {wanted!r}")
-        for name in found:
-            if any(isinstance(module, MixtureLayer) for module in modules[name].modules()):
-                raise ConfigError(f"modules_to_save: {name} is or holds an adapted module; choose one of both")
-            wrapper = TrainableCopy(modules[name], copy.deepcopy(modules[name]), injection.switch)
-            wrapper.copy.requires_grad_(True)
-            model.set_submodule(name, wrapper)
-            injection.copies[name] = wrapper
+        chosen += [name for name in found if name not in chosen]
+    for name in chosen:
+        if any(other == name or other.startswith(f"{name}.") for other in adapted):
+            raise ConfigError(
+                f"modules_to_save: {name} is, or holds, an adapted module; adapt it or train it, not both"
+            )
+        outer = next((other for other in chosen if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ConfigError(f"modules_to_save: {name} is a part of {outer}, which is listed too; keep one")
+    return chosen
 
 
 def adapter_roles(injection: Injection, names: dict[str, nn.Parameter]) -> dict[str, Role]:

@@ -109,10 +109,6 @@ class MixtureLayer(nn.Module):
         shared: Routing = context.shared[self.ruled_by]
         return shared
 
-    def constant_gates(self) -> Tensor | None:
-        """(N,) gates if this layer's routing does not depend on the input, else None."""
-        return None if self.router is None else self.router.router.constant_weights()
-
     def delta_weight(self, gates_N: Tensor) -> Tensor:
         """(O, I): sum of the experts' deltas with these gates, in fp32 or fp64."""
         deltas = [gate * self.experts.delta_weight(expert) for expert, gate in enumerate(gates_N)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
 from moadapt.inject import adapter_roles, inject
 from moadapt.losses import AuxiliaryLoss
-from moadapt.passes import PassRequest, install_hooks, requesting
+from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
 from moadapt.registry import LOSSES
 from moadapt.routing import RoutingRecord, checkpoint_context_fn
 
@@ -58,7 +59,7 @@ class MixtureModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
         super().__init__()
-        checkpointing = model.is_gradient_checkpointing
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self.mixture_config = config
         self.injection = inject(model, config)
         self._handles = install_hooks(model)
@@ -69,7 +70,7 @@ class MixtureModel(nn.Module):
         self._roles = adapter_roles(self.injection, self._adapter)
         self.train(model.training)
         if checkpointing:
-            self.gradient_checkpointing_enable()
+            self.activation_checkpointing_enable()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -102,24 +103,27 @@ class MixtureModel(nn.Module):
             The base model's output. With `labels`, `loss` is the language-model loss, in training plus
             `sum(coef * auxiliary loss)`; the attributes `lm_loss`, `aux_loss` and `aux_losses` hold the parts.
         """
+        kwargs = named_arguments(self.base_model, args, kwargs)
         labels = kwargs.get("labels")
         as_tuple = kwargs.get("return_dict") is False
         if labels is not None:
-            kwargs["return_dict"] = True
+            kwargs = {**kwargs, "return_dict": True}
         active = self.injection.switch.enabled
         request = PassRequest(prompt_mask, task_ids, record=bool(self._losses) and labels is not None and active)
         with requesting(request):
-            output = self.base_model(*args, **kwargs)
+            output = self.base_model(**kwargs)
         if labels is None:
             return output
         records = request.context.records if request.context is not None else []
-        lm_loss = output.loss
+        lm_loss, share = output.loss, None
+        if num_items_in_batch is not None:
+            count = self.count_items(labels)
+            # The mean over no label at all is not a number; its share of the step is zero.
+            lm_loss, share = torch.where(count > 0, lm_loss, 0.0), count / num_items_in_batch
         aux_losses = self._auxiliary_losses(records) if active else {}
         aux_loss = self._weighted_sum(aux_losses, lm_loss)
         loss = lm_loss + aux_loss if self.training else lm_loss
-        if num_items_in_batch is not None:
-            loss = loss * (self.count_items(labels) / num_items_in_batch)
-        output.loss = loss
+        output.loss = loss if share is None else loss * share
         # Plain attributes, not keys: trainers that unpack or gather an output must not meet them.
         for name, value in (("lm_loss", lm_loss.detach()), ("aux_loss", aux_loss), ("aux_losses", aux_losses)):
             object.__setattr__(output, name, value)
@@ -244,24 +248,46 @@ class MixtureModel(nn.Module):
         finally:
             self.injection.switch.enabled = before
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Activation checkpointing that recomputes with the routing decisions of the first pass.
+
+        Args:
+            activation_checkpointing_kwargs: passed to `torch.utils.checkpoint.checkpoint`.
+            **kwargs: further arguments of the base model's method, as `every_n_layers`.
 
         Raises:
             ConfigError: `use_reentrant: true`, which would lose the auxiliary losses' gradients without a word.
         """
-        options = dict(gradient_checkpointing_kwargs or {})
+        options = dict(activation_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise ConfigError(
                 "gradient_checkpointing_kwargs.use_reentrant: true loses the gradient of the auxiliary losses; "
                 "set it to false"
             )
         options |= {"use_reentrant": False, "context_fn": checkpoint_context_fn}
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:  # transformers before 5.23
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        if hasattr(self.base_model, "activation_checkpointing_disable"):
+            self.base_model.activation_checkpointing_disable()
+        else:
+            self.base_model.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.base_model.gradient_checkpointing_disable()
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     # -- leaving --------------------------------------------------------------------------------------------------
 
@@ -271,11 +297,12 @@ class MixtureModel(nn.Module):
 
         Raises:
             AdapterError: a layer's routing depends on its input, so no single weight equals it; or its base weight is
-                quantised. Nothing is changed then.
+                quantised, or tied to another module's. Nothing is changed then.
         """
         gates: dict[str, Tensor] = {}
+        owners = Counter(id(p) for _, p in self.base_model.named_parameters(remove_duplicate=False))
         for name, layer in self.injection.layers.items():
-            constant = layer.constant_gates()
+            constant = self.injection.routers[layer.ruled_by].router.constant_weights()
             if constant is None:
                 raise AdapterError(
                     f"cannot merge {name}: its routing depends on the input, so no single weight equals the mixture. "
@@ -283,6 +310,11 @@ class MixtureModel(nn.Module):
                 )
             if not layer.weight.dtype.is_floating_point:
                 raise AdapterError(f"cannot merge {name}: its base weight is quantised; load it unquantised")
+            if owners[id(layer.weight)] > 1:
+                raise AdapterError(
+                    f"cannot merge {name}: its base weight is tied to another module's, which would change too; untie "
+                    "them (tie_word_embeddings: false) before training, or keep the adapter beside the base model"
+                )
             gates[name] = constant
         for name, layer in self.injection.layers.items():
             weight = layer.weight

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -62,12 +63,17 @@ def install_hooks(model: PreTrainedModel) -> list[RemovableHandle]:
     return handles
 
 
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module` by name, the positional ones included."""
+    return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inner = _OPEN.get()
     # The encoder inside of a whole pass uses that pass's context.
     context = _CURRENT.get() if inner else None
     if context is None:
-        context = _context_of(module, args, kwargs)
+        context = _context_of(module, named_arguments(module, args, kwargs))
     manager = context.active()
     manager.__enter__()
     _OPEN.set((*inner, manager))
@@ -79,12 +85,12 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     manager.__exit__(None, None, None)
 
 
-def _context_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingContext:
+def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> RoutingContext:
     request = _REQUEST.get() or PassRequest()
     is_encoder_decoder = isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder
-    inputs = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-    if inputs is None:
-        inputs = args[0] if args and isinstance(args[0], Tensor) else None
+    # A generating encoder-decoder model is given decoder tokens only, after its encoder has run by itself.
+    possible = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    inputs = next((kwargs[key] for key in possible if kwargs.get(key) is not None), None)
     rows, length = (inputs.shape[0], inputs.shape[1]) if inputs is not None else (1, 0)
     masks: dict[Stream, Tensor | None] = {}
     if is_encoder_decoder:

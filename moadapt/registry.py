@@ -46,13 +46,7 @@ class Config(BaseModel):
         problems: list[InitErrorDetails] = []
         for key in unknown:
             text = f"unknown option{closest(str(key), valid)} Valid options: {', '.join(valid)}"
-            problems.append(
-                InitErrorDetails(
-                    type=PydanticCustomError("unknown_option", "{text}", {"text": text}),
-                    loc=(str(key),),
-                    input=data[key],
-                )
-            )
+            problems.append(problem(text, str(key), value=data[key]))
         try:
             result = handler({key: value for key, value in data.items() if key not in unknown})
         except ValidationError as error:
@@ -61,6 +55,11 @@ class Config(BaseModel):
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return result
+
+
+def problem(text: str, *path: str | int, value: Any = None) -> InitErrorDetails:
+    """One line of a `pydantic.ValidationError`: where, and what is wrong there."""
+    return InitErrorDetails(type=PydanticCustomError("problem", "{text}", {"text": text}), loc=path, input=value)
 
 
 def _as_details(error: ValidationError) -> list[InitErrorDetails]:
@@ -185,8 +184,7 @@ class Registry(Generic[T]):
 
 
 def _at(loc: str, text: str, value: Any) -> ValidationError:
-    kind = PydanticCustomError("kind", "{text}", {"text": text})
-    return ValidationError.from_exception_data("kind", [InitErrorDetails(type=kind, loc=(loc,), input=value)])
+    return ValidationError.from_exception_data("kind", [problem(text, loc, value=value)])
 
 
 class OfKind:

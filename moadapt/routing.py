@@ -147,20 +147,7 @@ class RoutingContext:
     def checkpoint_contexts(self) -> tuple[Any, Any]:
         """The (forward, recompute) context managers for one `torch.utils.checkpoint` region."""
         tape = DecisionTape()
-        return self._region(tape, replay=False), self._region(tape, replay=True)
-
-    @contextmanager
-    def _region(self, tape: DecisionTape, replay: bool) -> Iterator[None]:
-        token = _CURRENT.set(self)
-        before = self._tape, self._replaying
-        if replay:
-            tape.rewind()
-        self._tape, self._replaying = tape, replay
-        try:
-            yield
-        finally:
-            self._tape, self._replaying = before
-            _CURRENT.reset(token)
+        return _CheckpointRegion(self, tape, replay=False), _CheckpointRegion(self, tape, replay=True)
 
     @contextmanager
     def active(self) -> Iterator[RoutingContext]:
@@ -170,6 +157,25 @@ class RoutingContext:
             yield self
         finally:
             _CURRENT.reset(token)
+
+
+class _CheckpointRegion:
+    """One pass over a checkpointed region. A graph that is differentiated twice enters its replay twice."""
+
+    def __init__(self, context: RoutingContext, tape: DecisionTape, replay: bool) -> None:
+        self._context, self._tape, self._replay = context, tape, replay
+        self._entered: list[tuple[Any, DecisionTape | None, bool]] = []
+
+    def __enter__(self) -> None:
+        context = self._context
+        self._entered.append((_CURRENT.set(context), context._tape, context._replaying))
+        if self._replay:
+            self._tape.rewind()
+        context._tape, context._replaying = self._tape, self._replay
+
+    def __exit__(self, *error: object) -> None:
+        token, self._context._tape, self._context._replaying = self._entered.pop()
+        _CURRENT.reset(token)
 
 
 _CURRENT: ContextVar[RoutingContext | None] = ContextVar("moadapt_routing_context", default=None)

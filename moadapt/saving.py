@@ -51,7 +51,8 @@ def save_adapter(
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     card: str | None = None,
-    **ignored: Any,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
 ) -> None:
     """Write an adapter folder.
 
@@ -60,12 +61,15 @@ def save_adapter(
         directory: where to; made if need be. Files of an earlier adapter in it are replaced.
         state_dict: the adapter's tensors, if they have been gathered already (as under ZeRO-3).
         card: text of the model card; a short one is written when not given.
-        **ignored: transformers' trainers pass `safe_serialization` and `is_main_process`; the format is fixed.
+        is_main_process: whether this process writes.
+        safe_serialization: only true; adapters are never written as pickles.
 
     Raises:
-        AdapterError: the folder's place is taken by a file, or the tensors are not whole.
+        AdapterError: the folder's place is taken by a file, the tensors are not whole, or a pickle is asked for.
     """
-    if not ignored.get("is_main_process", True):
+    if not safe_serialization:
+        raise AdapterError("safe_serialization: false would write a pickle; adapters are saved as safetensors only")
+    if not is_main_process:
         return
     folder = Path(directory)
     if folder.is_file():
@@ -141,11 +145,15 @@ def read_adapter_config(adapter: str | Path) -> tuple[MixtureConfig, dict[str, A
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise AdapterError(f"{adapter}: no {CONFIG_FILE} there; give the folder that save_pretrained wrote") from None
+    except UnicodeDecodeError:
+        raise AdapterError(f"{path}: not a text file; it is damaged, copy it again") from None
     except json.JSONDecodeError as error:
         raise AdapterError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise AdapterError(f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; update moadapt")
+    if not isinstance(document.get("base_model", {}), dict):
+        raise AdapterError(f"{path}: base_model must be a mapping; the file is damaged")
     try:
         return MixtureConfig.model_validate(document["mixture"]), dict(document["base_model"])
     except KeyError as error:

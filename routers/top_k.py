@@ -20,10 +20,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from moadapt.errors import ConfigError
 from moadapt.per_layer import PerLayerInt
 from moadapt.registry import ROUTERS
 from moadapt.routers.base import Router, RouterConfig, jitter, linear_logits
 from moadapt.routing import Routing, RoutingContext
+
+_ALWAYS_ONE = (
+    "num_experts_per_tok: 1 with norm_topk_prob: true makes every gate 1, so the router gets no gradient from the "
+    "task; set norm_topk_prob: false"
+)
 
 
 class TopKRouterConfig(RouterConfig):
@@ -47,10 +53,7 @@ class TopKRouterConfig(RouterConfig):
     @model_validator(mode="after")
     def _router_must_learn(self) -> Self:
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
-            raise ValueError(
-                "num_experts_per_tok: 1 with norm_topk_prob: true makes every gate 1, so the router gets no gradient "
-                "from the task; set norm_topk_prob: false"
-            )
+            raise ValueError(_ALWAYS_ONE)
         return self
 
 
@@ -66,6 +69,8 @@ class TopKRouter(Router):
         super().__init__(config, in_features, num_experts, device)
         assert isinstance(config.num_experts_per_tok, int)
         self.num_experts_per_tok = config.num_experts_per_tok
+        if self.num_experts_per_tok == 1 and config.norm_topk_prob and num_experts > 1:  # from a per-layer value
+            raise ConfigError(f"router.{_ALWAYS_ONE}")
         if config.noisy_gating:
             self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
 

@@ -1,0 +1,221 @@
+"""A naive mixture of adapters in float64: loops over tokens and experts, written from the papers' equations.
+
+Nothing of moadapt is used here, and nothing is stacked, gathered or shared between experts. Autograd through these
+loops gives the expected gradients. Names: D router input, I in, O out, N experts, R rank, C shared rank, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Decision:
+    """What a router decided for one token: N gates (a list of scalars), and how it came to them."""
+
+    gates: list[Tensor]
+    selected: list[bool]
+    logits: list[Tensor]
+    probs: list[Tensor]
+
+
+def softmax(values: list[Tensor]) -> list[Tensor]:
+    """exp(v) / sum exp(v), shifted by the maximum."""
+    largest = max(value.item() for value in values)
+    exponentials = [torch.exp(value - largest) for value in values]
+    total = exponentials[0]
+    for item in exponentials[1:]:
+        total = total + item
+    return [item / total for item in exponentials]
+
+
+@dataclass
+class NaiveRouter:
+    """The equations of the `softmax` and `top_k` routers for one token.
+
+    `draws` holds the random numbers of training: `jitter` (T, D) factors and `noise` (T, N) normal numbers.
+    """
+
+    options: dict[str, Any]
+    weight_ND: Tensor
+    noise_weight_ND: Tensor | None = None
+    draws: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, x_D: Tensor, token: int) -> Decision:
+        if "jitter" in self.draws:
+            x_D = x_D * self.draws["jitter"][token]
+        logits = [(row * x_D).sum() for row in self.weight_ND]
+        if "noise" in self.draws:
+            assert self.noise_weight_ND is not None
+            spread = [torch.log1p(torch.exp((row * x_D).sum())) + 0.01 for row in self.noise_weight_ND]
+            logits = [
+                logit + normal * std
+                for logit, normal, std in zip(logits, self.draws["noise"][token], spread, strict=True)
+            ]
+        temperature = self.options.get("temperature", 1.0)
+        probs = softmax([logit / temperature for logit in logits])
+        experts = range(len(probs))
+        if self.options["kind"] == "softmax":
+            return Decision(probs, [True] * len(probs), logits, probs)
+        kept = sorted(experts, key=lambda expert: -probs[expert].item())[: self.options.get("num_experts_per_tok", 2)]
+        scale = sum(probs[expert] for expert in kept) if self.options.get("norm_topk_prob") else 1.0
+        gates = [probs[expert] / scale if expert in kept else torch.zeros_like(probs[expert]) for expert in experts]
+        return Decision(gates, [expert in kept for expert in experts], logits, probs)
+
+    def margin(self, decision: Decision) -> float:
+        """How far the last kept logit exceeds the first dropped one's; infinite if none is dropped."""
+        kept = [logit.item() for logit, on in zip(decision.logits, decision.selected, strict=True) if on]
+        dropped = [logit.item() for logit, on in zip(decision.logits, decision.selected, strict=True) if not on]
+        return min(kept) - max(dropped) if dropped else math.inf
+
+
+def scaling(options: dict[str, Any], r: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    alpha = options.get("lora_alpha", 24.0 if options["kind"] == "malora" else 8.0)
+    return alpha / math.sqrt(r) if options.get("use_rslora") else alpha / r
+
+
+def expert_output(options: dict[str, Any], tensors: dict[str, Tensor], expert: int, x_I: Tensor) -> Tensor:
+    """What one expert with gate 1 adds for one token: (O,)."""
+    if options["kind"] == "lora":
+        down_RI = tensors["lora_A"][0 if options.get("shared_down") else expert]
+        up_RO = tensors["lora_B"][expert]
+        h_R = torch.stack([(row * x_I).sum() for row in down_RI])
+    else:
+        up_RO = tensors["malora_B"][expert]
+        z_C = torch.stack([(row * x_I).sum() for row in tensors["shared_A"]])
+        h_R = torch.stack([(row * z_C).sum() for row in tensors["malora_P"][expert]])
+    total = torch.zeros_like(up_RO[0])
+    for number, row_O in zip(h_R, up_RO, strict=True):
+        total = total + number * row_O
+    return scaling(options, len(up_RO)) * total
+
+
+def mixture(
+    x_TI: Tensor,
+    decisions: list[Decision],
+    options: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base_OI: Tensor,
+    bias_O: Tensor | None,
+    keep_TI: Tensor | None = None,
+) -> Tensor:
+    """y = W0 x + b + sum over the selected experts of gate * expert(x * dropout mask), token by token: (T, O)."""
+    rows = []
+    for token, x_I in enumerate(x_TI):
+        y_O = base_OI @ x_I
+        if bias_O is not None:
+            y_O = y_O + bias_O
+        inner_I = x_I if keep_TI is None else x_I * keep_TI[token]
+        for expert, gate in enumerate(decisions[token].gates):
+            if decisions[token].selected[expert]:
+                y_O = y_O + gate * expert_output(options, tensors, expert, inner_I)
+        rows.append(y_O)
+    return torch.stack(rows)
+
+
+# -- losses -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Routed:
+    """The decisions of one router in one pass: one per token, row after row, with the padding of each token."""
+
+    decisions: list[Decision]
+    real: list[bool]
+    batch_size: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.decisions[0].probs)
+
+    def rows(self) -> list[Routed]:
+        """One `Routed` for each sequence."""
+        length = len(self.decisions) // self.batch_size
+        starts = range(0, len(self.decisions), length)
+        return [Routed(self.decisions[i : i + length], self.real[i : i + length]) for i in starts]
+
+
+def _combine(values: list[Tensor], reduce: str) -> Tensor:
+    total = sum(values[1:], values[0])
+    return total if reduce == "sum" else total / len(values)
+
+
+def _statistics(items: list[Routed], count: str, probs: str) -> tuple[list[float], list[Tensor], int]:
+    """(c_i, sum of p_ti, tokens) over the real tokens of all items."""
+    num_experts = items[0].num_experts
+    counts = [0.0] * num_experts
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(num_experts)]
+    tokens = 0
+    for item in items:
+        for decision, real in zip(item.decisions, item.real, strict=True):
+            if not real:
+                continue
+            tokens += 1
+            best = max(range(num_experts), key=lambda expert: decision.probs[expert].item())
+            for expert in range(num_experts):
+                counts[expert] += float(expert == best if count == "argmax" else decision.selected[expert])
+                if probs == "full" or decision.selected[expert]:
+                    sums[expert] = sums[expert] + decision.probs[expert]
+    return counts, sums, tokens
+
+
+def load_balance(
+    routed: list[Routed], count: str = "topk", probs: str = "full", reduce: str = "mean", level: str = "batch"
+) -> Tensor:
+    """N sum_i f_i P_i: per router (or over the tokens of all routers), per batch or per sequence."""
+
+    def one(items: list[Routed]) -> Tensor | None:
+        counts, sums, tokens = _statistics(items, count, probs)
+        if tokens == 0:
+            return None
+        total = sum(counts) if count == "topk" else tokens
+        return len(counts) * sum(c / total * (p / tokens) for c, p in zip(counts, sums, strict=True))
+
+    def all_sequences(items: list[Routed]) -> Tensor:
+        if level == "batch":
+            value = one(items)
+            return torch.zeros((), dtype=torch.float64) if value is None else value
+        values = [one(list(rows)) for rows in zip(*(item.rows() for item in items), strict=True)]
+        return _combine([value for value in values if value is not None], "mean")
+
+    if reduce == "pooled":
+        return all_sequences(routed)
+    return _combine([all_sequences([item]) for item in routed], reduce)
+
+
+def router_z(routed: list[Routed], reduce: str = "mean") -> Tensor:
+    """Mean over real tokens of logsumexp(logits)²."""
+    values = []
+    for item in routed:
+        squares = [
+            torch.log(sum(torch.exp(logit) for logit in decision.logits)) ** 2
+            for decision, real in zip(item.decisions, item.real, strict=True)
+            if real
+        ]
+        values.append(sum(squares) / len(squares))
+    return _combine(values, reduce)
+
+
+def importance(routed: list[Routed], probs: str = "full", reduce: str = "mean") -> Tensor:
+    """(std / mean)² of the experts' summed probabilities, population std."""
+    values = []
+    for item in routed:
+        _, sums, _ = _statistics([item], "topk", probs)
+        mean = sum(sums) / len(sums)
+        variance = sum((value - mean) ** 2 for value in sums) / len(sums)
+        values.append(variance / mean**2)
+    return _combine(values, reduce)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    """Largest difference, relative to the largest expected entry, is at most `tolerance`."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} against {tuple(want.shape)}"
+    scale = max(want.abs().max().item(), 1e-12)
+    error = (got.double() - want.double()).abs().max().item() / scale
+    assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e} (largest entry {scale:.2e})"
