@@ -23,7 +23,7 @@ from typing_extensions import Self
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, LowRankConfig, Role
 from moadapt.experts.low_rank import Base, mix_up, project_down
-from moadapt.per_layer import PerLayerInt
+from moadapt.per_layer import OptionalPerLayerInt
 from moadapt.registry import EXPERTS
 from moadapt.routing import Routing
 
@@ -57,38 +57,41 @@ class MaloraExpertConfig(LowRankConfig):
     """Options of the `malora` experts; the defaults are the paper's for 8 experts.
 
     Attributes:
-        r: the experts' rank, r-bar in the paper.
-        shared_r: d, rank of the shared down-projection; at least `r`.
+        r: the experts' rank, r-bar in the paper; 12 without `molora_r`.
+        shared_r: d, rank of the shared down-projection, at least `r`; 32 without `molora_r`.
         molora_r: convenience: set `r` and `shared_r` by the paper's rule from the MoLoRA rank to be replaced.
-        share_ratio: lambda of that rule.
+        share_ratio: lambda of that rule, 0.5 in the paper.
         beta: weight balance scale of the initialisation.
     """
 
     kind: Literal["malora"] = "malora"
-    r: PerLayerInt = 12
-    shared_r: PerLayerInt = 32
+    r: OptionalPerLayerInt = None  # type: ignore[assignment]
+    shared_r: OptionalPerLayerInt = None
     molora_r: Annotated[int, Field(gt=0)] | None = None
-    share_ratio: float = Field(default=0.5, gt=0.0, le=1.0)
+    share_ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     beta: float = Field(default=1.0, gt=0.0)
     lora_alpha: float = Field(default=24.0, gt=0.0)
     lora_dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        changed = {name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default}
-        if self.molora_r is not None and changed & {"r", "shared_r"}:
+        if self.molora_r is not None and (self.r is not None or self.shared_r is not None):
             raise ValueError("give either molora_r, which sets r and shared_r, or r and shared_r themselves")
-        if self.molora_r is None and "share_ratio" in changed:
+        if self.molora_r is None and self.share_ratio is not None:
             raise ValueError("share_ratio has no effect without molora_r; add molora_r, or give r and shared_r instead")
-        if self.molora_r is None and isinstance(self.r, int) and isinstance(self.shared_r, int):
-            _check_sizes(self.r, self.shared_r)
+        if self.molora_r is None:
+            # Through __dict__: an ordinary assignment would validate, and so run this again.
+            self.__dict__["r"] = 12 if self.r is None else self.r
+            self.__dict__["shared_r"] = 32 if self.shared_r is None else self.shared_r
+            if isinstance(self.r, int) and isinstance(self.shared_r, int):
+                _check_sizes(self.r, self.shared_r)
         return self
 
     def resolve_sizes(self, num_experts: int) -> MaloraExpertConfig:
         """A copy with `r` and `shared_r` set by the rule, if `molora_r` asks for it."""
         if self.molora_r is None:
             return self
-        return self.model_copy(update=malora_sizes(self.molora_r, num_experts, self.share_ratio))
+        return self.model_copy(update=malora_sizes(self.molora_r, num_experts, self.share_ratio or 0.5))
 
 
 def _check_sizes(r: int, shared_r: int) -> None:

@@ -18,6 +18,7 @@ from moadapt.presets import PRESETS, merge_preset
 from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Config, KindConfig, OfKind, closest, config_error, problem
 
 Names = list[str] | str
+_SHORTHANDS = {"router_aux_loss_coef": "load_balance", "router_z_loss_coef": "router_z"}
 
 
 class MixtureConfig(Config):
@@ -56,7 +57,13 @@ class MixtureConfig(Config):
         if not isinstance(data, dict) or data.get("preset") is None:
             return data
         name = data["preset"]
-        return merge_preset(PRESETS[name], data) if isinstance(name, str) and name in PRESETS else data
+        if not isinstance(name, str) or name not in PRESETS:
+            return data
+        merged = merge_preset(PRESETS[name], data)
+        if "losses" not in data:  # a shorthand stands above the preset's loss of that kind
+            replaced = {kind for option, kind in _SHORTHANDS.items() if data.get(option) is not None}
+            merged["losses"] = [loss for loss in merged.get("losses", []) if loss["kind"] not in replaced]
+        return merged
 
     @field_validator("preset")
     @classmethod
@@ -86,7 +93,7 @@ class MixtureConfig(Config):
         return self
 
     def _fill_in_shorthands(self) -> Iterator[InitErrorDetails]:
-        for option, kind in (("router_aux_loss_coef", "load_balance"), ("router_z_loss_coef", "router_z")):
+        for option, kind in _SHORTHANDS.items():
             coef = getattr(self, option)
             if coef is None:
                 continue
@@ -102,13 +109,14 @@ class MixtureConfig(Config):
         for kind in dict.fromkeys(kinds):
             if kinds.count(kind) > 1:
                 yield problem(f"{kind} is listed more than once; keep one", "losses")
-        selects_all = ROUTERS.get(self.router.kind).cls.selects_all
+        num_kept = getattr(self.router, "num_experts_per_tok", None)
+        keeps_all = isinstance(num_kept, int) and num_kept == self.num_experts
+        selects_all = ROUTERS.get(self.router.kind).cls.selects_all or keeps_all
         for index, loss in enumerate(self.losses):
             try:
                 LOSSES.get(loss.kind).cls.check(loss, selects_all)
             except ValueError as error:
                 yield problem(str(error), "losses", index)
-        num_kept = getattr(self.router, "num_experts_per_tok", None)
         if isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
             text = f"{num_kept} exceeds num_experts ({self.num_experts}); lower the one or raise the other"
             yield problem(text, "router", "num_experts_per_tok")

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from moadapt.config import MixtureConfig
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, Role
-from moadapt.layer import MixtureLayer, RouterSite, SharedRouterHook, Switch, TrainableCopy
+from moadapt.layer import MixtureLayer, RouterSite, SharedRouterHook, TrainableCopy
 from moadapt.per_layer import Site, value_at
 from moadapt.registry import EXPERTS, ROUTERS
+from moadapt.routing import AdapterSwitch
 from moadapt.targets import Target, find_targets
 
 SHARED_ROUTER = "mixture_router"
@@ -37,7 +38,7 @@ class Injection:
     layers: dict[str, MixtureLayer] = field(default_factory=dict)
     routers: dict[str, RouterSite] = field(default_factory=dict)
     copies: dict[str, TrainableCopy] = field(default_factory=dict)
-    switch: Switch = field(default_factory=Switch)
+    switch: AdapterSwitch = field(default_factory=AdapterSwitch)
     handles: list[RemovableHandle] = field(default_factory=list)
     was_trainable: set[str] = field(default_factory=set)
 

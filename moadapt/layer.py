@@ -5,7 +5,6 @@ Shapes: T tokens, I in features, O out features, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +12,7 @@ from torch import Tensor, nn
 
 from moadapt.experts.base import ExpertBank
 from moadapt.routers.base import Router
-from moadapt.routing import Routing, RoutingContext, Stream, current_context
-
-
-@dataclass
-class Switch:
-    """Shared by all mixture layers of a model: whether the adapter is on."""
-
-    enabled: bool = True
+from moadapt.routing import AdapterSwitch, Routing, RoutingContext, Stream, current_context
 
 
 class RouterSite(nn.Module):
@@ -51,7 +43,7 @@ class RouterSite(nn.Module):
 class SharedRouterHook:
     """Forward pre-hook of a block: its router reads the block's input and leaves the decision in the context."""
 
-    def __init__(self, site: RouterSite, switch: Switch) -> None:
+    def __init__(self, site: RouterSite, switch: AdapterSwitch) -> None:
         self.site = site
         self.switch = switch
 
@@ -78,7 +70,12 @@ class MixtureLayer(nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Module, experts: ExpertBank, router: RouterSite | None, ruled_by: str, switch: Switch
+        self,
+        base_layer: nn.Module,
+        experts: ExpertBank,
+        router: RouterSite | None,
+        ruled_by: str,
+        switch: AdapterSwitch,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -139,7 +136,7 @@ class MixtureLayer(nn.Module):
 class TrainableCopy(nn.Module):
     """A module of `modules_to_save`: a copy that is trained, and the original for when the adapter is off."""
 
-    def __init__(self, original_module: nn.Module, copy: nn.Module, switch: Switch) -> None:
+    def __init__(self, original_module: nn.Module, copy: nn.Module, switch: AdapterSwitch) -> None:
         super().__init__()
         self.original_module = original_module
         self.copy = copy

@@ -21,6 +21,7 @@ from moadapt.losses import AuxiliaryLoss
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
 from moadapt.registry import LOSSES
 from moadapt.routing import RoutingRecord, checkpoint_context_fn
+from moadapt.saving import WEIGHTS_FILE, check_base, load_base_model, read_adapter_config, read_tensors, save_adapter
 
 IGNORE_INDEX = -100
 
@@ -59,7 +60,8 @@ class MixtureModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
         super().__init__()
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        checkpointing = any(module.gradient_checkpointing for module in self._checkpointable)
         self.mixture_config = config
         self.injection = inject(model, config)
         self._handles = install_hooks(model)
@@ -109,6 +111,7 @@ class MixtureModel(nn.Module):
         if labels is not None:
             kwargs = {**kwargs, "return_dict": True}
         active = self.injection.switch.enabled
+        self._check_checkpointing()
         request = PassRequest(prompt_mask, task_ids, record=bool(self._losses) and labels is not None and active)
         with requesting(request):
             output = self.base_model(**kwargs)
@@ -130,6 +133,19 @@ class MixtureModel(nn.Module):
         self.last_losses = {"lm": lm_loss.detach(), **{name: value.detach() for name, value in aux_losses.items()}}
         self.last_losses["aux"] = aux_loss.detach()
         return output.to_tuple() if as_tuple else output
+
+    def _check_checkpointing(self) -> None:
+        """Recomputation must replay the first decisions; only `activation_checkpointing_enable` sees to that."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for module in self._checkpointable:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            options = getattr(function, "keywords", {})
+            if module.gradient_checkpointing and options.get("context_fn") is not checkpoint_context_fn:
+                raise ConfigError(
+                    "activation checkpointing was switched on at the base model, where its recomputation would route "
+                    "again; call activation_checkpointing_enable() of the mixture model"
+                )
 
     def count_items(self, labels: Tensor) -> Tensor:
         """How many positions of a micro-batch (B, S) carry a loss: a causal model predicts all but the first."""
@@ -241,12 +257,8 @@ class MixtureModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the `with` block the model is the bare base model."""
-        before = self.injection.switch.enabled
-        self.injection.switch.enabled = False
-        try:
+        with self.injection.switch.off():
             yield
-        finally:
-            self.injection.switch.enabled = before
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -334,22 +346,37 @@ class MixtureModel(nn.Module):
         return self.base_model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `mixture_config.json`, `mixture.safetensors` and a model card; see `moadapt.saving`."""
-        from moadapt.saving import save_adapter
-
+        """Write `mixture_config.json`, `mixture.safetensors` and a model card; see `moadapt.saving.save_adapter`."""
         save_adapter(self, save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(
         cls, model: PreTrainedModel | None, adapter: str | Path, *, is_trainable: bool = False
     ) -> MixtureModel:
-        """Load a saved adapter onto its base model; see `moadapt.saving.load_adapter`.
+        """Put a saved adapter onto its base model.
 
         Args:
             model: the base model; None loads the one that the adapter names.
             adapter: a folder, or the id of a hub repository.
             is_trainable: keep the adapter trainable; otherwise it is frozen and in evaluation mode.
-        """
-        from moadapt.saving import load_adapter
 
-        return load_adapter(model, adapter, is_trainable=is_trainable)
+        Raises:
+            AdapterError: another base model, or missing, left-over or misshapen tensors.
+        """
+        config, saved = read_adapter_config(adapter)
+        if model is None:
+            if not saved.get("name_or_path"):
+                raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
+            model = load_base_model(saved["name_or_path"])
+        check_base(model, saved, adapter)
+        tensors = read_tensors(adapter)
+        mixture = cls(model, config)
+        try:
+            mixture.load_adapter_state_dict(tensors, f"{adapter}/{WEIGHTS_FILE}")
+        except AdapterError:
+            mixture.unload()  # the caller's model is as it was
+            raise
+        if not is_trainable:
+            mixture.requires_grad_(False)
+            mixture.eval()
+        return mixture

@@ -60,18 +60,25 @@ def _validate(value: Any) -> Any:
 
 
 _positive = {"type": "integer", "minimum": 1}
+_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        _positive,
+        {"type": "array", "items": _positive, "minItems": 1},
+        {"type": "object", "additionalProperties": _positive},
+    ]
+}
 PerLayerInt: TypeAlias = Annotated[
     int | list[int] | dict[str, int],
     BeforeValidator(_validate),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                _positive,
-                {"type": "array", "items": _positive, "minItems": 1},
-                {"type": "object", "additionalProperties": _positive},
-            ]
-        }
-    ),
+    WithJsonSchema(_SCHEMA),
+    PerLayer(),
+]
+
+
+OptionalPerLayerInt: TypeAlias = Annotated[
+    int | list[int] | dict[str, int] | None,
+    BeforeValidator(lambda value: None if value is None else _validate(value)),
+    WithJsonSchema({"anyOf": [*_SCHEMA["anyOf"], {"type": "null"}]}),
     PerLayer(),
 ]
 

@@ -31,11 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router": {"kind": "top_k", "num_experts_per_tok": 2},
         "losses": [{"kind": "load_balance", "coef": 0.01}],
     },
-    # MALoRA, 2410.22782: tables 8 and 9, inter-domain; balance coefficient of the tables (0.001 in the text).
+    # MALoRA, 2410.22782: tables 8 and 9, inter-domain; balance coefficient of the tables (0.001 in the text). The
+    # kind's default sizes are the paper's: r 12, shared_r 32.
     "malora": {
         "num_experts": 8,
         "target_modules": _ALL_BUT_O,
-        "expert": {"kind": "malora", "r": 12, "shared_r": 32, "lora_alpha": 24, "lora_dropout": 0.05, "beta": 1.0},
+        "expert": {"kind": "malora", "lora_alpha": 24, "lora_dropout": 0.05, "beta": 1.0},
         "router": {"kind": "top_k", "num_experts_per_tok": 2},
         "losses": [{"kind": "load_balance", "coef": 0.01}],
     },

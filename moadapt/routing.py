@@ -108,6 +108,7 @@ class RoutingContext:
         record: whether routings are collected into `records`.
         records: the routings of this pass in the order in which they were made; recomputation adds none.
         shared: decisions of routers that rule several layers, by router name.
+        disabled: adapters that were off when the pass began, and so are off in its recomputation too.
     """
 
     padding_masks: dict[Stream, Tensor] = field(default_factory=dict)
@@ -118,6 +119,7 @@ class RoutingContext:
     record: bool = False
     records: list[RoutingRecord] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
+    disabled: frozenset[int] = field(default_factory=lambda: _DISABLED.get())
     _tape: DecisionTape | None = field(default=None, repr=False)
     _replaying: bool = field(default=False, repr=False)
 
@@ -178,6 +180,7 @@ class _CheckpointRegion:
         _CURRENT.reset(token)
 
 
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("moadapt_disabled_adapters", default=frozenset())
 _CURRENT: ContextVar[RoutingContext | None] = ContextVar("moadapt_routing_context", default=None)
 
 
@@ -185,6 +188,24 @@ def current_context() -> RoutingContext:
     """The context of the running forward pass; an empty one outside of any."""
     context = _CURRENT.get()
     return RoutingContext() if context is None else context
+
+
+class AdapterSwitch:
+    """Shared by all mixture layers of a model: whether its adapter takes part, in this thread or task."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter takes part in the running pass, or would in one that began now."""
+        return id(self) not in current_context().disabled
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Passes that begin inside the `with` block run without the adapter."""
+        token = _DISABLED.set(_DISABLED.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _DISABLED.reset(token)
 
 
 def checkpoint_context_fn() -> tuple[Any, Any]:

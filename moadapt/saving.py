@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import moadapt
 from moadapt.config import MixtureConfig
 from moadapt.errors import AdapterError
-from moadapt.model import MixtureModel
 from moadapt.registry import config_error
+
+if TYPE_CHECKING:
+    from moadapt.model import MixtureModel
 
 CONFIG_FILE = "mixture_config.json"
 WEIGHTS_FILE = "mixture.safetensors"
@@ -180,22 +182,12 @@ def adapter_folder(adapter: str | Path) -> Path:
         raise AdapterError(f"{adapter}: no such folder, and no hub repository to fetch ({error})") from None
 
 
-def load_adapter(model: PreTrainedModel | None, adapter: str | Path, *, is_trainable: bool = False) -> MixtureModel:
-    """Put a saved adapter onto its base model.
-
-    Args:
-        model: the base model; None loads the one that the adapter names.
-        adapter: a folder, or the id of a hub repository.
-        is_trainable: keep the adapter trainable; otherwise it is frozen and in evaluation mode.
+def check_base(model: PreTrainedModel, saved: dict[str, Any], adapter: str | Path) -> None:
+    """Compare a model with the base model that an adapter was trained on.
 
     Raises:
-        AdapterError: another base model, or missing, left-over or misshapen tensors.
+        AdapterError: they differ; says in what.
     """
-    config, saved = read_adapter_config(adapter)
-    if model is None:
-        if not saved.get("name_or_path"):
-            raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
-        model = load_base_model(saved["name_or_path"])
     here = base_identity(model)
     differences = [
         f"{key}: {value!r} there, {here[key]!r} here" for key, value in saved.items() if here.get(key, value) != value
@@ -203,23 +195,22 @@ def load_adapter(model: PreTrainedModel | None, adapter: str | Path, *, is_train
     if differences:
         name = saved.get("name_or_path")
         raise AdapterError(f"{adapter} was trained on another base model ({name}): " + "; ".join(differences))
-    weights = adapter_folder(adapter) / WEIGHTS_FILE
+
+
+def read_tensors(adapter: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    path = adapter_folder(adapter) / WEIGHTS_FILE
     try:
-        tensors = load_file(weights)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except FileNotFoundError:
         raise AdapterError(f"{adapter}: {WEIGHTS_FILE} is missing; the folder is not whole") from None
     except SafetensorError as error:
-        raise AdapterError(f"{weights}: cannot be read ({error}); the file is damaged, copy it again") from None
-    mixture = MixtureModel(model, config)
-    try:
-        mixture.load_adapter_state_dict(tensors, str(weights))
-    except AdapterError:
-        mixture.unload()  # the caller's model is as it was
-        raise
-    if not is_trainable:
-        mixture.requires_grad_(False)
-        mixture.eval()
-    return mixture
+        raise AdapterError(f"{path}: cannot be read ({error}); the file is damaged, copy it again") from None
+    return tensors
 
 
 def load_base_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:

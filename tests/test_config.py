@@ -147,6 +147,25 @@ def test_kind_may_be_a_bare_name() -> None:
     assert (config.expert.kind, config.router.kind, config.losses[0].kind) == ("malora", "softmax", "router_z")
 
 
+def test_a_shorthand_stands_above_the_loss_of_a_preset() -> None:
+    config = parse_mixture_config({"preset": "malora", "router_aux_loss_coef": 0.125, "router_z_loss_coef": 0.5})
+    assert {loss.kind: loss.coef for loss in config.losses} == {"load_balance": 0.125, "router_z": 0.5}
+    assert parse_mixture_config(config.model_dump(mode="json")) == config
+
+
+def test_the_sizes_rule_replaces_the_sizes_of_a_preset() -> None:
+    config = parse_mixture_config({"preset": "malora", "expert": {"molora_r": 4}})
+    sizes = config.expert.resolve_sizes(8)
+    assert (sizes.r, sizes.shared_r) == (6, 16)
+    assert parse_mixture_config(config.model_dump(mode="json")) == config
+
+
+def test_load_balance_of_a_top_k_that_keeps_all_is_refused() -> None:
+    text = problems({"num_experts": 2, "router_aux_loss_coef": 0.1})
+    assert "losses.0" in text
+    assert "selects every expert" in text
+
+
 def test_shorthands_become_losses() -> None:
     config = MixtureConfig(router_aux_loss_coef=0.02, router_z_loss_coef=0.003)
     assert [(loss.kind, loss.coef) for loss in config.losses] == [("load_balance", 0.02), ("router_z", 0.003)]
