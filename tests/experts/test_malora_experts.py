@@ -115,8 +115,10 @@ def test_shared_rank_must_not_exceed_the_input() -> None:
     ("options", "message"),
     [
         ({"molora_r": 8, "r": 4}, "either molora_r"),
+        ({"molora_r": 8, "r": 12}, "either molora_r"),
         ({"molora_r": 8, "shared_r": 16}, "either molora_r"),
         ({"share_ratio": 0.25}, "share_ratio has no effect"),
+        ({"share_ratio": 0.5}, "share_ratio has no effect"),
         ({"beta": 0.0}, "beta"),
         ({"molora_r": 0}, "molora_r"),
     ],
