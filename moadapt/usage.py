@@ -1,0 +1,103 @@
+"""Where each task's tokens went: selections and gate weights of every expert by task, counted exactly.
+
+Shapes: T tokens (or prompts) that one router decided about, B batch, N experts, L tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moadapt.routing import RoutingRecord
+
+
+class ExpertUsage:
+    """Adds up routing records.
+
+    Args:
+        tasks: the tasks' names, by task id.
+
+    Attributes:
+        counts: for each router, int64 (L, N): how many of a task's real tokens selected an expert.
+        weights: for each router, float64 (L, N): the sum of their gate weights.
+        tokens: for each router, int64 (L,): a task's real tokens.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = list(tasks)
+        self.counts: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, records: Iterable[RoutingRecord], task_ids_B: Tensor, *, counts: bool = True) -> None:
+        """Count the records of one forward pass.
+
+        Args:
+            records: of any number of routers.
+            task_ids_B: int64 task of each row of the batch.
+            counts: false makes the routers known and counts nothing, for a pass that only keeps processes in step.
+        """
+        for record in records:
+            selected_TN = record.routing.selected_TN.cpu()
+            weights_TN = record.routing.weights_TN.double().cpu()
+            rows, num_experts = selected_TN.shape
+            tasks_T = task_ids_B.cpu().repeat_interleave(rows // record.batch_size)
+            if record.mask_T is not None:
+                mask_T = record.mask_T.cpu()
+                selected_TN, weights_TN, tasks_T = selected_TN[mask_T], weights_TN[mask_T], tasks_T[mask_T]
+            if record.name not in self.counts:
+                self.counts[record.name] = torch.zeros(len(self.tasks), num_experts, dtype=torch.int64)
+                self.weights[record.name] = torch.zeros(len(self.tasks), num_experts, dtype=torch.float64)
+                self.tokens[record.name] = torch.zeros(len(self.tasks), dtype=torch.int64)
+            if not counts:
+                continue
+            self.counts[record.name].index_add_(0, tasks_T, selected_TN.long())
+            self.weights[record.name].index_add_(0, tasks_T, weights_TN)
+            self.tokens[record.name] += torch.bincount(tasks_T, minlength=len(self.tasks))
+
+    def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Add up the processes' counts; every process must have seen the same routers.
+
+        Args:
+            all_sum: gives the sum of a tensor over the processes, on the CPU.
+        """
+        for sums in (self.counts, self.weights, self.tokens):
+            for name, value in sums.items():
+                sums[name] = all_sum(value)
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether every router gave every token to all of its experts, so that only gate weights tell them apart."""
+        return all(bool((self.counts[name] == self.tokens[name].unsqueeze(-1)).all()) for name in self.counts)
+
+    def shares(self) -> dict[str, list[float]]:
+        """For each task that has tokens, the share of each expert; a task's shares add up to 1.
+
+        Of a sparse router's selections, or where all experts are always selected, of its gate weights. Averaged over
+        the routers; an expert that a router does not have counts as 0 there.
+        """
+        sums = self.weights if self.selects_all else {name: counts.double() for name, counts in self.counts.items()}
+        num_experts = max((value.shape[1] for value in sums.values()), default=0)
+        total_LN = torch.zeros(len(self.tasks), num_experts, dtype=torch.float64)
+        for value_LN in sums.values():
+            share_LN = value_LN / value_LN.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+            total_LN[:, : value_LN.shape[1]] += share_LN
+        mean_LN = total_LN / max(len(sums), 1)
+        seen_L = sum((tokens for tokens in self.tokens.values()), torch.zeros(len(self.tasks), dtype=torch.int64))
+        return {task: mean_LN[index].tolist() for index, task in enumerate(self.tasks) if seen_L[index] > 0}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: what `shares` are of, the shares, and each router's counts and tokens by task."""
+        routers = {
+            name: {
+                "tokens": dict(zip(self.tasks, self.tokens[name].tolist(), strict=True)),
+                "selections": dict(zip(self.tasks, counts.tolist(), strict=True)),
+            }
+            for name, counts in self.counts.items()
+        }
+        measure = "gate weight" if self.selects_all else "selections"
+        return {"share_of": measure, "shares": self.shares(), "routers": routers}
