@@ -74,30 +74,48 @@ class ExpertUsage:
         """Whether every router gave every token to all of its experts, so that only gate weights tell them apart."""
         return all(bool((self.counts[name] == self.tokens[name].unsqueeze(-1)).all()) for name in self.counts)
 
-    def shares(self) -> dict[str, list[float]]:
-        """For each task that has tokens, the share of each expert; a task's shares add up to 1.
+    def shares(self, router: str) -> dict[str, list[float]]:
+        """For each task that has tokens at a router, the share of each expert; a task's shares add up to 1.
 
-        Of a sparse router's selections, or where all experts are always selected, of its gate weights. Averaged over
-        the routers; an expert that a router does not have counts as 0 there.
+        Of a sparse router's selections, or where all experts are always selected, of its gate weights.
         """
-        sums = self.weights if self.selects_all else {name: counts.double() for name, counts in self.counts.items()}
-        num_experts = max((value.shape[1] for value in sums.values()), default=0)
-        total_LN = torch.zeros(len(self.tasks), num_experts, dtype=torch.float64)
-        for value_LN in sums.values():
-            share_LN = value_LN / value_LN.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-            total_LN[:, : value_LN.shape[1]] += share_LN
-        mean_LN = total_LN / max(len(sums), 1)
-        seen_L = sum((tokens for tokens in self.tokens.values()), torch.zeros(len(self.tasks), dtype=torch.int64))
-        return {task: mean_LN[index].tolist() for index, task in enumerate(self.tasks) if seen_L[index] > 0}
+        sums_LN = self.weights[router] if self.selects_all else self.counts[router].double()
+        share_LN = sums_LN / sums_LN.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        seen_L = self.tokens[router] > 0
+        return {task: share_LN[index].tolist() for index, task in enumerate(self.tasks) if seen_L[index]}
+
+    def task_information(self, router: str) -> float:
+        """Mutual information of task and expert at a router, over the smaller of their entropies: 0 to 1.
+
+        0 where every task uses the experts alike, 1 where the expert tells the task (or the task the expert). Tasks
+        count equally, however many tokens they have.
+        """
+        joint = torch.tensor(list(self.shares(router).values()), dtype=torch.float64)
+        joint = joint / max(joint.shape[0], 1)
+        task, expert = joint.sum(1), joint.sum(0)
+        information = _entropy(task) + _entropy(expert) - _entropy(joint.flatten())
+        smaller = min(_entropy(task), _entropy(expert))
+        return max(0.0, information) / smaller if smaller > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values: what `shares` are of, the shares, and each router's counts and tokens by task."""
+        """As plain JSON values.
+
+        `router` is the one that tells the tasks apart best, and `shares` are its shares, of what `share_of` says. For
+        each of `routers` there are its tokens and selections by task, and its `task_information`.
+        """
         routers = {
             name: {
                 "tokens": dict(zip(self.tasks, self.tokens[name].tolist(), strict=True)),
                 "selections": dict(zip(self.tasks, counts.tolist(), strict=True)),
+                "task_information": self.task_information(name),
             }
             for name, counts in self.counts.items()
         }
+        clearest = max(self.counts, key=lambda name: routers[name]["task_information"])
         measure = "gate weight" if self.selects_all else "selections"
-        return {"share_of": measure, "shares": self.shares(), "routers": routers}
+        return {"share_of": measure, "router": clearest, "shares": self.shares(clearest), "routers": routers}
+
+
+def _entropy(probabilities: Tensor) -> float:
+    """In nats; 0 log 0 is 0."""
+    return float(torch.special.entr(probabilities).sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -43,19 +45,48 @@ def test_counts_are_those_of_a_loop_over_tokens() -> None:
     assert usage.counts["r"].tolist() == _naive(batches, 4)
     assert usage.counts["r"].dtype == torch.int64
     assert usage.tokens["r"].tolist() == [6, 0, 9]  # 3 + 3 real tokens of a; 1 + 2 * 4 of c
-    assert list(usage.shares()) == ["a", "c"]
+    assert list(usage.shares("r")) == ["a", "c"]
 
 
-def test_shares_are_the_mean_over_routers_and_add_up_to_one() -> None:
-    first, second = _record("first", 6, 4, 1, 2, None, 2), _record("second", 6, 2, 1, 2, None, 3)
+def test_shares_of_a_router_add_up_to_one() -> None:
+    record = _record("r", 6, 4, 1, 2, None, 2)
     usage = ExpertUsage(TASKS)
-    usage.add([first, second], torch.tensor([0, 1]))
-    one, two = _naive([(first, [0, 1])], 4), _naive([(second, [0, 1])], 2)
+    usage.add([record], torch.tensor([0, 1]))
+    counts = _naive([(record, [0, 1])], 4)
     for index, task in enumerate(("a", "b")):
-        expected = [(one[index][e] / 3 + (two[index][e] / 3 if e < 2 else 0.0)) / 2 for e in range(4)]
-        assert usage.shares()[task] == pytest.approx(expected, abs=1e-12)
-        assert sum(usage.shares()[task]) == pytest.approx(1.0)
+        assert usage.shares("r")[task] == pytest.approx([count / 3 for count in counts[index]], abs=1e-12)
+        assert sum(usage.shares("r")[task]) == pytest.approx(1.0)
     assert usage.to_dict()["share_of"] == "selections"
+
+
+def _chosen(name: str, experts: list[int], num_experts: int = 4) -> RoutingRecord:
+    """One sequence per task, one expert per token."""
+    selected = torch.nn.functional.one_hot(torch.tensor(experts), num_experts).bool()
+    probs = selected.double()
+    return RoutingRecord(name, Routing(probs, selected, probs, probs), None, 2)
+
+
+def test_task_information_is_zero_for_equal_tasks_and_one_for_separate_ones() -> None:
+    usage = ExpertUsage(TASKS[:2])
+    records = [_chosen("same", [0, 1, 0, 1]), _chosen("apart", [0, 1, 2, 3]), _chosen("dead", [3, 3, 3, 3])]
+    usage.add(records, torch.tensor([0, 1]))
+    assert usage.task_information("same") == pytest.approx(0.0, abs=1e-12)
+    assert usage.task_information("apart") == pytest.approx(1.0)
+    assert usage.task_information("dead") == 0.0
+    assert usage.to_dict()["router"] == "apart"
+    assert usage.to_dict()["shares"] == {"a": [0.5, 0.5, 0, 0], "b": [0, 0, 0.5, 0.5]}
+
+
+def test_task_information_is_the_definition_summed_by_hand() -> None:
+    record = _record("r", 40, 5, 2, 2, None, 9)
+    usage = ExpertUsage(TASKS)
+    usage.add([record], torch.tensor([0, 2]))
+    shares = list(usage.shares("r").values())
+    joint = [[value / 2 for value in row] for row in shares]
+    expert = [sum(column) for column in zip(*joint, strict=True)]
+    information = sum(p * math.log(p / (0.5 * expert[e])) for row in joint for e, p in enumerate(row) if p > 0)
+    smaller = min(math.log(2), -sum(p * math.log(p) for p in expert if p > 0))
+    assert usage.task_information("r") == pytest.approx(information / smaller, abs=1e-12)
 
 
 def test_dense_routers_are_told_apart_by_gate_weight() -> None:
@@ -63,7 +94,7 @@ def test_dense_routers_are_told_apart_by_gate_weight() -> None:
     usage = ExpertUsage(TASKS)
     usage.add([record], torch.tensor([1, 1]))
     assert usage.selects_all
-    assert usage.shares()["b"] == pytest.approx(record.routing.weights_TN.double().mean(0).tolist(), abs=1e-6)
+    assert usage.shares("r")["b"] == pytest.approx(record.routing.weights_TN.double().mean(0).tolist(), abs=1e-6)
     assert usage.to_dict()["share_of"] == "gate weight"
 
 

@@ -201,7 +201,11 @@ def _shaded(cell: str, num_experts: int) -> str:
 def usage_caption(usage: dict[str, Any]) -> str:
     """What the numbers of a usage table are."""
     of = "selections" if usage["share_of"] == "selections" else "gate weight (every expert is always selected)"
-    return f"% of {of} by expert, mean over {len(usage['routers'])} routers"
+    known = [router["task_information"] for router in usage["routers"].values()]
+    return (
+        f"% of {of} by expert at {usage['router']}, which tells tasks apart best of {len(known)} routers: task "
+        f"information {max(known):.2f}, mean {sum(known) / len(known):.2f} (0 all tasks alike, 1 each its own experts)"
+    )
 
 
 # -- Markdown -----------------------------------------------------------------------------------------------------
