@@ -10,8 +10,8 @@ the difference of these two is the noise. Set
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296 to keep the allocator out.
 
 Peers: peft's LoRA of the same rank, as it comes (fp32 adapters) and in the base's dtype; a loop over the experts as the
-method repositories have it (MoE-PEFT's MoLA: gather, fp32 LoRA, gate, index_add); the same loop for MALoRA. MALoRA has the same r and a shared rank
-of N r / 2; "paper's rank" is its rule at equal parameters, r-bar = 1.5 r.
+method repositories have it (MoE-PEFT's MoLA: gather, fp32 LoRA, gate, index_add); the same loop for MALoRA. MALoRA has
+the same r and a shared rank of N r / 2; "paper's rank" is its rule at equal parameters, r-bar = 1.5 r.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def main() -> None:
     base = statistics.median(times["base"])
     base_peak = peak_bytes(variants["base"], grad, leaves["base"])
     table = Table(
-        title=f"{args.dtype}, {args.tokens} tokens, {args.features} -> {args.features}, N={args.experts}, r={args.rank}, "
-        f"K={args.kept}; base {base * 1e3:.1f} ms, {args.rounds} rounds, {args.threads} thread(s)",
+        title=f"{args.dtype}, {args.tokens} tokens, {args.features} -> {args.features}, N={args.experts}, "
+        f"r={args.rank}, K={args.kept}; base {base * 1e3:.1f} ms, {args.rounds} rounds, {args.threads} thread(s)",
         caption="time and peak: ratios to the base layer; saved: elements kept for backward, in (T, O) activations",
     )
     for column in ("variant", "time", "fastest quarter", "saved", "peak"):

@@ -103,15 +103,16 @@ class ExpertUsage:
         `router` is the one that tells the tasks apart best, and `shares` are its shares, of what `share_of` says. For
         each of `routers` there are its tokens and selections by task, and its `task_information`.
         """
+        information = {name: self.task_information(name) for name in self.counts}
         routers = {
             name: {
                 "tokens": dict(zip(self.tasks, self.tokens[name].tolist(), strict=True)),
                 "selections": dict(zip(self.tasks, counts.tolist(), strict=True)),
-                "task_information": self.task_information(name),
+                "task_information": information[name],
             }
             for name, counts in self.counts.items()
         }
-        clearest = max(self.counts, key=lambda name: routers[name]["task_information"])
+        clearest = max(information, key=lambda name: information[name])
         measure = "gate weight" if self.selects_all else "selections"
         return {"share_of": measure, "router": clearest, "shares": self.shares(clearest), "routers": routers}
 

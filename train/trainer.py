@@ -204,6 +204,18 @@ class MultiTaskTrainer:
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the model, once `train` or `evaluate` has set it up."""
+        assert self._engine is not None, "train() or evaluate() sets the engine up"
+        return self._engine
+
+    def close(self) -> None:
+        """Let go of the engine and what it holds; the model stays."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainResult:
         """Train to the end, and save the adapter in `output_dir`. Collective.
 

@@ -166,7 +166,7 @@ def _train_one(name: str, run: RunConfig, tokenizer: Any, tasks: Sequence[Task],
         metrics={task.name: task.metric for task in tasks if task.eval},
         usage=usage,
     )
-    _release(trainer)
+    trainer.close()
     return report
 
 
@@ -176,13 +176,6 @@ def _resume(run: RunConfig, compared: bool) -> str | bool | None:
     if not compared or not resume:
         return resume
     return bool(list_checkpoints(run.training.output_dir))
-
-
-def _release(trainer: MultiTaskTrainer) -> None:
-    """Let the engine go before the next mixture is trained."""
-    if trainer._engine is not None:
-        trainer._engine.close()
-        trainer._engine = None
 
 
 def _full_size(parameter: torch.nn.Parameter) -> int:
@@ -209,7 +202,6 @@ def _usage(trainer: MultiTaskTrainer, tasks: Sequence[Task]) -> dict[str, Any] |
     model: MixtureModel = trainer.model
     if all(layer.experts.num_experts == 1 for layer in model.injection.layers.values()):
         return None
-    assert trainer._engine is not None
     processes, usage = trainer.processes, ExpertUsage([task.name for task in tasks])
     examples: list[Example] = sorted(
         (example for task in tasks for example in task.eval),
@@ -217,7 +209,7 @@ def _usage(trainer: MultiTaskTrainer, tasks: Sequence[Task]) -> dict[str, Any] |
     )
     size = trainer.config.per_device_eval_batch_size
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    with torch.no_grad(), evaluating(model), trainer._engine.computing(), progress_bar() as progress:
+    with torch.no_grad(), evaluating(model), trainer.engine.computing(), progress_bar() as progress:
         for first in range(0, len(batches), processes.world_size):
             number = first + processes.rank
             counts = number < len(batches)  # a surplus pass keeps the processes in step (ZeRO-3)

@@ -27,9 +27,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from moadapt.cli.report import print_reports
     from moadapt.cli.running import train_all
     from moadapt.run_config import load_run_config
+    from moadapt.train.start import leave_processes
 
     quiet_libraries()
     run = load_run_config(config, overrides or (), needs=("model_name_or_path", "mixture", "data"))
     reports = train_all(run)
     if is_main_process():
         print_reports(reports)
+    leave_processes()
