@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+from einops import reduce, repeat
 from pydantic import Field
 from torch import Tensor
 
@@ -158,10 +159,9 @@ class LoadBalanceLoss(AuxiliaryLoss):
             best_MT1 = group.probs_MTN.argmax(-1, keepdim=True)
             chosen_MTN = torch.zeros_like(chosen_MTN).scatter_(-1, best_MT1, True)
         mask_T1 = group.mask_T.unsqueeze(-1)
-        routers, _, experts = group.probs_MTN.shape
-        counts_MBN = (chosen_MTN * mask_T1).view(routers, rows, -1, experts).sum(2)
-        probs_MBN = (group.probabilities(self.config.probs) * mask_T1).view(routers, rows, -1, experts).sum(2)
-        tokens_MB = group.mask_T.view(1, rows, -1).sum(2).expand(routers, -1)
+        counts_MBN = reduce(chosen_MTN * mask_T1, "m (b s) n -> m b n", "sum", b=rows)
+        probs_MBN = reduce(group.probabilities(self.config.probs) * mask_T1, "m (b s) n -> m b n", "sum", b=rows)
+        tokens_MB = repeat(reduce(group.mask_T, "(b s) -> b", "sum", b=rows), "b -> m b", m=chosen_MTN.shape[0])
         return counts_MBN.detach(), probs_MBN, tokens_MB
 
     @classmethod
