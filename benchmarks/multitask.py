@@ -27,6 +27,10 @@ from transformers import AutoTokenizer
 
 from moadapt import get_mixture_model
 from moadapt.saving import load_base_model
+from moadapt.train.collate import Collator
+from moadapt.train.data_config import DataConfig
+from moadapt.train.sampling import MixtureSampler
+from moadapt.train.tasks import load_tasks
 from moadapt.train.trainer import MultiTaskTrainer
 
 ROUTED = {"kind": "top_k", "num_experts_per_tok": 2}
@@ -131,6 +135,44 @@ def show(runs: dict[str, list[dict]], rates: dict[str, float], title: str) -> No
     console.print(scores)
 
 
+def time_arms(args: argparse.Namespace, rounds: int) -> None:
+    """Print the CPU time of one optimizer step of every arm, on the same batches, interleaved round by round."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    mixtures = {arm: mixture for arm, mixture in arms(args.r).items() if mixture is not None}
+    data = DataConfig(path=args.train, task_column="task", max_length=args.max_length)
+    tasks = load_tasks(data, tokenizer)
+    sampler = MixtureSampler([len(task.train) for task in tasks], args.batch_size, data.sampling, seed=0)
+    collator = Collator(tokenizer.pad_token_id or 0)
+    models = {
+        arm: get_mixture_model(load_base_model(args.model), {"target_modules": "all-linear", **mixture}).train()
+        for arm, mixture in mixtures.items()
+    }
+    optimizers = {
+        arm: torch.optim.AdamW([parameter for _, parameter in model.adapter_parameters()])
+        for arm, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {arm: [] for arm in models}
+    for index in range(rounds + 2):
+        batch = collator([tasks[task].train[row] for task, row in sampler.batch(index)])
+        for arm, model in models.items():
+            started = time.process_time()
+            model(**batch).loss.backward()
+            optimizers[arm].step()
+            optimizers[arm].zero_grad()
+            if index >= 2:
+                seconds[arm].append(time.process_time() - started)
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    first = next(iter(medians.values()))
+    table = Table(
+        title=f"{Path(args.model).name}: one step of {args.batch_size} mixed rows, {rounds} interleaved rounds"
+    )
+    for column in ("arm", "CPU ms", "ratio to the first"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, median in medians.items():
+        table.add_row(arm, f"{1e3 * median:.0f}", f"{median / first:.2f}")
+    Console(width=150).print(table)
+
+
 NOT_SCORES = {"loss", "num_examples", "num_tokens", "score"}
 METRICS = {
     "opinion": "accuracy",
@@ -157,6 +199,7 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--arms", nargs="+", default=None, help="run only these; default: all")
+    parser.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="only time steps, arms interleaved")
     parser.add_argument("--show", type=Path, nargs="+", default=None, help="print the table of earlier --output files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -171,6 +214,9 @@ def main() -> None:
         return
     if None in (args.model, args.train, args.test):
         parser.error("--model, --train and --test are needed (or --show)")
+    if args.time:
+        time_arms(args, args.time)
+        return
     title = f"{Path(args.model).name}, {args.steps} steps of {args.batch_size} rows"
     for arm, mixture in arms(args.r).items():
         if args.arms and arm not in args.arms:
