@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moadapt.config import MixtureConfig
-from moadapt.layer import MixtureLayer, RouterSite, Switch
+from moadapt.layer import MixtureLayer, RouterSite
 from moadapt.registry import EXPERTS, ROUTERS
+from moadapt.routing import AdapterSwitch
 
 IN, OUT, BATCH, LENGTH = 7, 6, 2, 5
 TOKENS = BATCH * LENGTH
@@ -25,7 +26,7 @@ def build(row: Row, base: nn.Module, dtype: torch.dtype) -> MixtureLayer:
     bank = EXPERTS.build(config.expert, IN, OUT, row.num_experts, dtype=adapter_dtype)
     router = ROUTERS.build(config.router, IN, row.num_experts).to(adapter_dtype)
     randomize([*bank.parameters(), *router.parameters()])
-    return MixtureLayer(base, bank, RouterSite("site", router, "decoder"), "site", Switch())
+    return MixtureLayer(base, bank, RouterSite("site", router, "decoder"), "site", AdapterSwitch())
 
 
 def base_layer(kind: str, dtype: torch.dtype) -> nn.Module:
