@@ -4,9 +4,9 @@
     python benchmarks/layer_speed.py --dtype fp32 --features 1024 --rounds 25
 
 Measured is forward + backward of the frozen base layer plus its adapter, with gradients to the input, the gates and
-the adapter. Gates and indices are given (random, uniform), so routers are left out; dropout is 0. All variants run
-round-robin, CPU time of one thread, and the table shows medians as ratios to the base layer alone, which runs twice:
-the difference of these two is the noise. Set
+the adapter. Gates and indices are given (random, uniform), so routers are left out; dropout is 0. All variants run in
+every round, in a new order each, CPU time of one thread. The table shows medians as ratios to the base layer alone,
+which runs twice: the difference of these two is the noise. Set
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296 to keep the allocator out.
 
 Peers: peft's LoRA of the same rank, as it comes (fp32 adapters) and in the base's dtype; a loop over the experts as the
@@ -17,6 +17,7 @@ the same r and a shared rank of N r / 2; "paper's rank" is its rule at equal par
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -193,14 +194,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    random.seed(0)
 
     variants = build(args)
     grad = torch.randn_like(variants["base"]())
     leaves = {name: leaves_of(step) for name, step in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in track(range(args.rounds + 2), description="rounds", transient=True):
-        for name, step in variants.items():
-            seconds = timed(step, grad, leaves[name])
+        # A new order in every round: what runs before a variant leaves its traces in the caches.
+        for name in random.sample(list(variants), len(variants)):
+            seconds = timed(variants[name], grad, leaves[name])
             if index >= 2:
                 times[name].append(seconds)
 
