@@ -99,7 +99,7 @@ def run(
             trainer.train()
         seconds = (time.process_time() - started) / max(steps, 1)
         result = trainer.evaluate(metrics=not tune).to_dict()
-    trainable = sum(parameter.numel() for _, parameter in model.adapter_parameters()) if steps else 0
+    trainable = model.get_nb_trainable_parameters()[0] if steps else 0
     return {"result": result, "seconds_per_step": seconds if steps else None, "trainable": trainable}
 
 

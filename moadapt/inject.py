@@ -143,6 +143,8 @@ def _build_router(model: nn.Module, config: MixtureConfig, ruled: list[Target]) 
         raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {first.router}, which has {num_experts} experts")
     device, dtype = _weight(model, first.site.name)
     router = ROUTERS.build(router_config, first.router_features, num_experts, device=device)
+    # A router whose gates are the same for every input (one expert) has nothing to learn.
+    router.requires_grad_(router.constant_weights() is None)
     return RouterSite(first.router, router.to(dtype), first.stream)
 
 

@@ -24,7 +24,7 @@ class ParameterRow:
     Attributes:
         kind: the last part of the modules' names, as `q_proj`; or `routers`, or `not adapted`.
         modules: how many modules.
-        frozen: parameters of the base model.
+        frozen: parameters of the base model, and of routers with nothing to choose.
         trainable: parameters that are trained.
         active: parameters, frozen ones included, that one token uses: of the experts the K that are selected.
         total: frozen and trainable.
@@ -91,8 +91,8 @@ def count_parameters(model: MixtureModel) -> ParameterCounts:
         row.active -= unused  # the original works only while the adapter is off
     routers = rows[ROUTERS_ROW] = ParameterRow(ROUTERS_ROW)
     for site in model.injection.routers.values():
-        trainable = _size(site.parameters(), counted)
-        routers.add(0, trainable, trainable)
+        trainable = _size((weight for weight in site.parameters() if weight.requires_grad), counted)
+        routers.add(_size(site.parameters(), counted), trainable, trainable)
     rows[OTHERS_ROW] = others
     total = ParameterRow("total")
     for row in rows.values():

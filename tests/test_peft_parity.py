@@ -161,7 +161,5 @@ def test_initial_spread_is_pefts(init: Any) -> None:
 
 def test_trainable_parameters_agree() -> None:
     theirs, ours = pair("llama", OPTIONS["lora"], torch.float32)
-    routers = sum(
-        parameter.numel() for name, parameter in ours.adapter_parameters() if ours.parameter_role(name) == "router"
-    )
-    assert ours.get_nb_trainable_parameters()[0] - routers == theirs.get_nb_trainable_parameters()[0]
+    # The router of a single expert has nothing to learn, and is frozen.
+    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]

@@ -159,7 +159,9 @@ def _train_one(name: str, run: RunConfig, tokenizer: Any, tasks: Sequence[Task],
         output_dir=run.training.output_dir,
         steps=result.global_step,
         stop_reason=result.stop_reason,
-        trainable_parameters=sum(_full_size(parameter) for _, parameter in model.adapter_parameters()),
+        trainable_parameters=sum(
+            _full_size(weight) for _, weight in model.adapter_parameters() if weight.requires_grad
+        ),
         seconds_per_step=recorder.seconds_per_step(),
         before=_first_scores(run.training.output_dir, tasks),
         after=None if final is None else final.to_dict(),
