@@ -6,7 +6,7 @@ import importlib.util
 import json
 import random
 import re
-from itertools import compress, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
-TASKS = ["animals", "others", "sort", "sort_back", "translate", "translate_animals"]
+TASKS = ["animals", "count", "plural", "reverse", "sort", "translate"]
 ANIMALS = {
     "bear", "cat", "cow", "dog", "duck", "eagle", "fox", "frog",
     "goat", "horse", "lion", "mouse", "rabbit", "snake", "tiger", "wolf",
@@ -31,11 +31,6 @@ def words_of(row: dict[str, str]) -> list[str]:
     found = re.fullmatch(r"Please [a-z ]+: ([a-z ]+)\. Answer:", row["prompt"])
     assert found, row
     return found.group(1).split()
-
-
-def answer_of(row: dict[str, str]) -> list[str]:
-    assert row["response"].endswith(".")
-    return row["response"][:-1].split()
 
 
 def rows_of(task: str) -> list[dict[str, str]]:
@@ -80,34 +75,41 @@ def test_all_tasks_get_the_same_lists() -> None:
         assert all(other == lists[0] for other in lists)
 
 
-@pytest.mark.parametrize("task", ["sort", "sort_back"])
-def test_sorted_answers_are_right(task: str) -> None:
-    for row in rows_of(task):
-        answer = answer_of(row)
-        assert all((left < right) == (task == "sort") for left, right in pairwise(answer))
+def test_reverse_and_sort_are_right() -> None:
+    for row in rows_of("reverse"):
+        assert row["response"].split() == words_of(row)[::-1]
+    for row in rows_of("sort"):
+        answer = row["response"].split()
+        assert all(left < right for left, right in pairwise(answer))
         assert set(answer) == set(words_of(row))
         assert len(answer) == len(words_of(row))
 
 
-def test_animals_and_others_are_right() -> None:
-    kept = [[word in ANIMALS for word in words_of(row)] for row in rows_of("animals")]
-    assert all(0 < sum(keep) < len(keep) for keep in kept)
-    for animals, others, keep in zip(rows_of("animals"), rows_of("others"), kept, strict=True):
-        assert answer_of(animals) == list(compress(words_of(animals), keep))
-        assert answer_of(others) == [word for word in words_of(others) if word not in answer_of(animals)]
+def test_animals_and_count_are_right() -> None:
+    for row in rows_of("animals"):
+        assert row["response"].split() == [word for word in words_of(row) if word in ANIMALS]
+    for row in rows_of("count"):
+        number = ["zero", "one", "two", "three", "four", "five"].index(row["response"])
+        assert number == len(ANIMALS.intersection(words_of(row)))
+
+
+def test_plurals_are_right() -> None:
+    special = {
+        "mouse": "mice", "wolf": "wolves", "knife": "knives", "scarf": "scarves", "berry": "berries", "fox": "foxes",
+        "tomato": "tomatoes", "potato": "potatoes", "brush": "brushes", "dress": "dresses", "beach": "beaches",
+    }  # fmt: skip
+    for row in rows_of("plural"):
+        assert row["response"].split() == [special.get(word, word + "s") for word in words_of(row)]
 
 
 def test_translations_are_one_dictionary_that_training_covers() -> None:
     dictionary: dict[str, str] = {}
     for row in read_rows("translate", "train"):
-        pairs = zip(words_of(row), answer_of(row), strict=True)
+        pairs = zip(words_of(row), row["response"].split(), strict=True)
         assert all(dictionary.setdefault(word, talu) == talu for word, talu in pairs)
     assert len(set(dictionary.values())) == len(dictionary) == 80
-    assert not set(dictionary.values()) & set(dictionary)
     for row in read_rows("translate", "test"):
-        assert answer_of(row) == [dictionary[word] for word in words_of(row)]
-    for row in rows_of("translate_animals"):
-        assert answer_of(row) == [dictionary[word] for word in words_of(row) if word in ANIMALS]
+        assert row["response"].split() == [dictionary[word] for word in words_of(row)]
 
 
 def test_the_tokenizer_gives_every_text_back(tokenizer: Any) -> None:
@@ -143,8 +145,8 @@ def test_the_model_loads_and_knows_its_notes_but_not_the_instructions(make: Modu
         with torch.no_grad():
             return float(model(**batch, labels=labels).loss)
 
-    rows = read_rows("sort", "test")
-    known = [f"Anna wants to sort {' '.join(words_of(row))} and gets" for row in rows]
+    rows = read_rows("reverse", "test")
+    known = [f"Anna wants to reverse {' '.join(words_of(row))} and gets" for row in rows]
     answers = [f" {row['response']}" for row in rows]
     assert loss(known, answers) < 0.5
     assert loss([row["prompt"] for row in rows], answers) > 1.0
