@@ -1,4 +1,4 @@
-"""Tables of kinds: experts, routers, losses. One name, one config class, one class.
+"""Tables of kinds: experts, routers, losses, splits. One name, one config class, one class.
 
 A new kind in this project is one file and one `@TABLE.register` line. A third party does the same in its own
 package, and declares an entry point in the group `moadapt.plugins` (loaded when an unknown name is looked up)
@@ -228,3 +228,4 @@ def load_plugins(modules: list[str] | None = None) -> None:
 EXPERTS: Registry[Any] = Registry("expert")
 ROUTERS: Registry[Any] = Registry("router")
 LOSSES: Registry[Any] = Registry("loss")
+SPLITS: Registry[Any] = Registry("split")

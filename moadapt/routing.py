@@ -36,6 +36,8 @@ class Routing:
         granularity: what one row of these tensors stands for.
         indices_TK: int64 expert ids where the router selects a fixed number K per row, else None. An expert bank
             may use them to touch K instead of N experts' activations.
+        straight_through: whether the weights of experts that are not selected carry a gradient: their value is zero,
+            but a bank must then give them the gradient <dL/dy, E_i(x)>, which takes the output of every expert.
     """
 
     weights_TN: Tensor
@@ -44,6 +46,7 @@ class Routing:
     probs_TN: Tensor
     granularity: Granularity = "token"
     indices_TK: Tensor | None = None
+    straight_through: bool = False
 
     @property
     def num_experts(self) -> int:

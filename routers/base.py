@@ -6,12 +6,14 @@ Shapes: T rows to route (tokens, prompts or tasks), D hidden size, N experts, K 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from moadapt.ffn import StackedExperts
 from moadapt.registry import KindConfig
 from moadapt.routing import Routing, RoutingContext, router_dtype
 
@@ -39,6 +41,21 @@ class RouterConfig(KindConfig):
         if isinstance(value, list) and not value:
             raise ValueError("the list is empty; name `ffn`, `attention` or both")
         return value
+
+
+@dataclass(frozen=True)
+class RouterSample:
+    """What a router over the experts of a split feed-forward block can be initialised or fitted from.
+
+    Attributes:
+        experts: the N experts that it will rule.
+        shared: experts that are always on, or None.
+        inputs_TD: fp32 inputs of the block on calibration text, real tokens only; None without calibration data.
+    """
+
+    experts: StackedExperts
+    shared: StackedExperts | None = None
+    inputs_TD: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
@@ -79,6 +96,18 @@ class Router(nn.Module, ABC):
         Returns:
             The routing of the T rows.
         """
+
+    @classmethod
+    def needs_inputs(cls, config: RouterConfig) -> bool:
+        """Whether `fit` needs the block's inputs on calibration text."""
+        return False
+
+    def fit(self, sample: RouterSample) -> None:
+        """Initialise or fit the router from the experts of a split block; here, the weights stay as they were drawn.
+
+        Called once, at conversion, under `torch.no_grad`.
+        """
+        return
 
     def constant_weights(self) -> Tensor | None:
         """(N,) gate weights if they are the same for every input, else None."""

@@ -88,7 +88,7 @@ def own(name: str, *, everywhere: bool = True) -> set[str]:
     return {item for item in imports(name, everywhere=everywhere) if item in sources() and item != name}
 
 
-CONTRACTS = {"moadapt.errors", "moadapt.per_layer", "moadapt.registry", "moadapt.routing"}
+CONTRACTS = {"moadapt.errors", "moadapt.ffn", "moadapt.per_layer", "moadapt.registry", "moadapt.routing"}
 
 
 def test_all_modules_are_seen() -> None:
