@@ -60,6 +60,8 @@ class ExpertBank(nn.Module, ABC):
 
     roles: ClassVar[dict[str, Role]] = {}
     """What each parameter is, for parameter groups; a name that is missing is `other`."""
+    replaces_block: ClassVar[bool] = False
+    """Whether the experts take the place of a whole feed-forward block, and do not add to a linear layer."""
 
     def __init__(
         self,
@@ -101,6 +103,10 @@ class ExpertBank(nn.Module, ABC):
     @abstractmethod
     def num_active_params(self, num_experts_per_tok: int) -> int:
         """Parameters that take part for one token when K experts are selected; shared ones count once."""
+
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that belong to the adapter and not to the base model, with their names; here, all."""
+        return list(self.named_parameters())
 
     def num_params(self) -> int:
         """All parameters of the bank."""

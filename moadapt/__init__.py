@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moadapt.config import MixtureConfig as MixtureConfig
+    from moadapt.convert import convert_ffn_to_experts as convert_ffn_to_experts
     from moadapt.model import MixtureModel as MixtureModel
     from moadapt.model import get_mixture_model as get_mixture_model
     from moadapt.registry import EXPERTS as EXPERTS
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # running from a checkout that is not installed
 _HOME = {
     "get_mixture_model": "moadapt.model",
     "MixtureModel": "moadapt.model",
+    "convert_ffn_to_experts": "moadapt.convert",
     "MixtureConfig": "moadapt.config",
     "MultiTaskTrainer": "moadapt.train.trainer",
     "EXPERTS": "moadapt.registry",

@@ -12,7 +12,8 @@ from typing_extensions import Self
 
 import moadapt.experts
 import moadapt.losses
-import moadapt.routers  # noqa: F401  (these imports fill the tables of kinds)
+import moadapt.routers
+import moadapt.splits  # noqa: F401  (these imports fill the tables of kinds)
 from moadapt.per_layer import PerLayerInt
 from moadapt.presets import PRESETS, merge_preset
 from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Config, KindConfig, OfKind, closest, config_error, problem

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moadapt.config import MixtureConfig
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, Role
-from moadapt.layer import MixtureLayer, RouterSite, SharedRouterHook, TrainableCopy
+from moadapt.layer import MixtureLayer, PartitionLayer, RouterSite, SharedRouterHook, TrainableCopy
+from moadapt.partition import (
+    Replacement,
+    build_router,
+    check_config,
+    choose_indices,
+    plan_blocks,
+    replace_blocks,
+)
 from moadapt.per_layer import Site, value_at
 from moadapt.registry import EXPERTS, ROUTERS
 from moadapt.routing import AdapterSwitch
@@ -33,19 +42,24 @@ class Injection:
         switch: turns all of them off and on.
         handles: hooks of the shared routers.
         was_trainable: names of the base parameters that had `requires_grad` before.
+        replacements: feed-forward blocks whose place experts have taken.
     """
 
-    layers: dict[str, MixtureLayer] = field(default_factory=dict)
+    layers: dict[str, MixtureLayer | PartitionLayer] = field(default_factory=dict)
     routers: dict[str, RouterSite] = field(default_factory=dict)
     copies: dict[str, TrainableCopy] = field(default_factory=dict)
     switch: AdapterSwitch = field(default_factory=AdapterSwitch)
     handles: list[RemovableHandle] = field(default_factory=list)
     was_trainable: set[str] = field(default_factory=set)
+    replacements: list[Replacement] = field(default_factory=list)
 
     def remove(self, model: nn.Module, merged: bool) -> None:
         """Put the base layers back; `merged` keeps the trained copies of `modules_to_save` instead of the originals."""
         for name, layer in self.layers.items():
-            model.set_submodule(name, layer.base_layer)
+            if isinstance(layer, MixtureLayer):
+                model.set_submodule(name, layer.base_layer)
+        for replacement in self.replacements:
+            replacement.undo(model)
         for handle in self.handles:
             handle.remove()
         for module in list(model.modules()):
@@ -57,18 +71,24 @@ class Injection:
             parameter.requires_grad_(name in self.was_trainable)
 
 
-def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
+def inject(
+    model: PreTrainedModel, config: MixtureConfig, neuron_indices: Mapping[str, Tensor] | None = None
+) -> Injection:
     """Freeze the model and put a mixture into it.
 
     Args:
         model: a transformers model; changed in place.
         config: the mixture.
+        neuron_indices: which neurons form which expert, by block name, for experts that replace a block; None splits
+            the blocks now.
 
     Raises:
         ConfigError: targets that do not exist or per-layer values that do not fit.
     """
-    if any(isinstance(module, MixtureLayer) for module in model.modules()):
+    if any(isinstance(module, (MixtureLayer, PartitionLayer)) for module in model.modules()):
         raise ConfigError("this model already holds a mixture; unload() it, or start from the base model")
+    if EXPERTS.get(config.expert.kind).cls.replaces_block:
+        return _inject_partition(model, config, neuron_indices)
     targets = find_targets(model, config)
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -94,13 +114,37 @@ def inject(model: PreTrainedModel, config: MixtureConfig) -> Injection:
             block.add_module(SHARED_ROUTER, routers[name])
             hook = SharedRouterHook(routers[name], injection.switch)
             injection.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-    for name in saved_too:
+    _copy_modules(model, saved_too, injection)
+    return injection
+
+
+def _inject_partition(
+    model: PreTrainedModel, config: MixtureConfig, neuron_indices: Mapping[str, Tensor] | None
+) -> Injection:
+    """Experts in the place of feed-forward blocks."""
+    check_config(config)
+    planned = plan_blocks(model, config)
+    indices = choose_indices(planned, neuron_indices)
+    routers = {item.block.name: build_router(config, item) for item in planned}
+    saved_too = _modules_to_save(model, config, [linear for item in planned for linear in item.block.linears(model)])
+    injection = Injection(
+        routers=routers, was_trainable={name for name, p in model.named_parameters() if p.requires_grad}
+    )
+    model.requires_grad_(False)
+    layers, injection.replacements = replace_blocks(model, planned, indices, routers, injection.switch)
+    injection.layers.update(layers)
+    _copy_modules(model, saved_too, injection)
+    return injection
+
+
+def _copy_modules(model: PreTrainedModel, names: list[str], injection: Injection) -> None:
+    """Trainable copies of `modules_to_save`."""
+    for name in names:
         original = model.get_submodule(name)
         wrapper = TrainableCopy(original, copy.deepcopy(original), injection.switch)
         wrapper.copy.requires_grad_(True)
         model.set_submodule(name, wrapper)
         injection.copies[name] = wrapper
-    return injection
 
 
 def _num_experts(config: MixtureConfig, site: Site) -> int:
@@ -175,6 +219,6 @@ def adapter_roles(injection: Injection, names: dict[str, nn.Parameter]) -> dict[
     for site in injection.routers.values():
         roles |= {by_id[id(parameter)]: "router" for parameter in site.parameters()}
     for layer in injection.layers.values():
-        for local, parameter in layer.experts.named_parameters():
+        for local, parameter in layer.experts.adapter_parameters():
             roles[by_id[id(parameter)]] = layer.experts.roles.get(local, "other")
     return {name: roles.get(name, "other") for name in names}

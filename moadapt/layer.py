@@ -1,4 +1,4 @@
-"""The mixture layer: a frozen base layer, its expert bank, and the routing that rules it.
+"""The mixture layers: a frozen base layer, or a feed-forward block cut into experts, and the routing that rules it.
 
 Shapes: T tokens, I in features, O out features, D hidden size.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moadapt.experts.base import ExpertBank
+from moadapt.experts.ffn_partition import PartitionBank
 from moadapt.routers.base import Router
 from moadapt.routing import AdapterSwitch, Routing, RoutingContext, Stream, current_context
 
@@ -131,6 +132,50 @@ class MixtureLayer(nn.Module):
     def out_features(self) -> int:
         """O."""
         return self.experts.out_features
+
+
+class PartitionLayer(nn.Module):
+    """Takes the place of a feed-forward block: routed experts that its neurons were dealt out to.
+
+    Args:
+        experts: the bank.
+        router: its router.
+        switch: with the adapter off, the layer is the dense block.
+        output_dropout: probability of dropping an output in training, as the block did.
+    """
+
+    def __init__(
+        self, experts: PartitionBank, router: RouterSite, switch: AdapterSwitch, output_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.router = router
+        self.ruled_by = router.name
+        self.switch = switch
+        self.output_dropout = output_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        if self.switch.enabled:
+            y_TD = self.experts(x_TD, self.router(x))
+            context = current_context()
+            if context.wants_reconstruction:
+                context.add_output(self.router.name, "reconstruction", self._reconstruction(x_TD, y_TD))
+        else:
+            y_TD = self.experts.dense(x_TD)
+        if self.training and self.output_dropout > 0.0:
+            y_TD = nn.functional.dropout(y_TD, self.output_dropout)
+        return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
+
+    def _reconstruction(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """||y - dense(x)||² / ||dense(x)||² of every token, in fp32 or fp64: (T,). The dense block is the teacher."""
+        with torch.no_grad():
+            want_TD = self.experts.dense(x_TD.detach())
+        dtype = torch.promote_types(y_TD.dtype, torch.float32)
+        want_TD = want_TD.to(dtype)
+        error_T = (y_TD.to(dtype) - want_TD).square().sum(-1)
+        return error_T / want_TD.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
 
 
 class TrainableCopy(nn.Module):

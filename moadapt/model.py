@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from moadapt.losses import AuxiliaryLoss
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
 from moadapt.registry import LOSSES
 from moadapt.routing import RoutingRecord, checkpoint_context_fn
-from moadapt.saving import WEIGHTS_FILE, check_base, load_base_model, read_adapter_config, read_tensors, save_adapter
+from moadapt.saving import (
+    INDICES,
+    WEIGHTS_FILE,
+    changed_mixture,
+    check_base,
+    load_base_model,
+    read_adapter_config,
+    read_tensors,
+    save_adapter,
+)
 
 IGNORE_INDEX = -100
 
@@ -58,12 +67,14 @@ class MixtureModel(nn.Module):
 
     accepts_loss_kwargs = True
 
-    def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: MixtureConfig, neuron_indices: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         checkpointing = any(module.gradient_checkpointing for module in self._checkpointable)
         self.mixture_config = config
-        self.injection = inject(model, config)
+        self.injection = inject(model, config, neuron_indices)
         self._handles = install_hooks(model)
         self.base_model = model
         self._losses: dict[str, AuxiliaryLoss] = {loss.kind: LOSSES.build(loss) for loss in config.losses}
@@ -184,10 +195,8 @@ class MixtureModel(nn.Module):
     # -- the adapter's tensors ------------------------------------------------------------------------------------
 
     def _find_adapter_parameters(self) -> dict[str, nn.Parameter]:
-        own: set[int] = set()
-        parts: list[nn.Module] = [layer.experts for layer in self.injection.layers.values()]
-        parts += [*self.injection.routers.values(), *(wrapper.copy for wrapper in self.injection.copies.values())]
-        for part in parts:
+        own = {id(p) for layer in self.injection.layers.values() for _, p in layer.experts.adapter_parameters()}
+        for part in (*self.injection.routers.values(), *(wrapper.copy for wrapper in self.injection.copies.values())):
             own |= {id(parameter) for parameter in part.parameters()}
         return {name: parameter for name, parameter in self.base_model.named_parameters() if id(parameter) in own}
 
@@ -199,30 +208,58 @@ class MixtureModel(nn.Module):
         """What an adapter parameter is: `router`, `down`, `up`, `shared_down` or `other`."""
         return self._roles[name]
 
+    def adapter_buffers(self) -> dict[str, Tensor]:
+        """What the adapter remembers and does not train, by name: index lists of experts, states of losses."""
+        modules = dict(self.base_model.named_modules())
+        buffers = {}
+        for name, layer in self.injection.layers.items():
+            for part in (f"{name}.experts", f"{name}.router"):
+                persistent = modules[part].state_dict() if part in modules else {}
+                known = {key for key, _ in modules[part].named_parameters()} if part in modules else set()
+                buffers |= {f"{part}.{key}": value for key, value in persistent.items() if key not in known}
+        return buffers | self.loss_states()
+
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Detached tensors of the adapter by name."""
-        return {name: parameter.detach() for name, parameter in self._adapter.items()}
+        return {name: parameter.detach() for name, parameter in self._adapter.items()} | self.adapter_buffers()
 
     @torch.no_grad()
-    def load_adapter_state_dict(self, tensors: dict[str, Tensor], source: str = "the adapter") -> None:
+    def load_adapter_state_dict(
+        self, tensors: Mapping[str, Tensor], source: str = "the adapter", optional: Container[str] = ()
+    ) -> None:
         """Copy the tensors into the adapter.
 
+        Args:
+            tensors: parameters and buffers by name.
+            source: where they come from, for the error message.
+            optional: names of parameters that may be missing and then keep their values.
+
         Raises:
-            AdapterError: a name is missing or left over, or a shape differs; nothing is changed then.
+            AdapterError: a name is missing or left over, or a shape or an index list differs; nothing is changed then.
         """
-        problems = [f"missing: {name}" for name in self._adapter if name not in tensors]
-        problems += [f"left over: {name}" for name in tensors if name not in self._adapter]
+        buffers = self.adapter_buffers()
+        known = {**self._adapter, **buffers}
+        problems = [f"missing: {name}" for name in self._adapter if name not in tensors and name not in optional]
+        problems += [f"left over: {name}" for name in tensors if name not in known]
         problems += [
-            f"shape of {name}: {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} in the model"
-            for name, parameter in self._adapter.items()
-            if name in tensors and tensors[name].shape != parameter.shape
+            f"shape of {name}: {tuple(tensors[name].shape)} in the file, {tuple(mine.shape)} in the model"
+            for name, mine in known.items()
+            if name in tensors and tensors[name].shape != mine.shape
         ]
+        if not problems:
+            problems = [
+                f"{name}: other neurons than in the model"
+                for name, mine in buffers.items()
+                if name.endswith(INDICES) and name in tensors and not torch.equal(tensors[name].cpu(), mine.cpu())
+            ]
         if problems:
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
             shown = "\n  ".join(problems[:10])
             raise AdapterError(f"{source} does not fit this model and config:\n  {shown}{more}")
-        for name, parameter in self._adapter.items():
-            parameter.copy_(tensors[name])
+        for name, parameter in known.items():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+        self.load_loss_states(tensors)
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -231,6 +268,7 @@ class MixtureModel(nn.Module):
         destination = {} if destination is None else destination
         for name, parameter in self._adapter.items():
             destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        destination |= {prefix + name: value for name, value in self.adapter_buffers().items()}
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -251,6 +289,34 @@ class MixtureModel(nn.Module):
         """Print how many parameters are trained."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def loss_states(self) -> dict[str, Tensor]:
+        """What adaptive losses remember, as float64 scalars by name."""
+        return {
+            f"losses.{kind}.{name}": torch.tensor(value, dtype=torch.float64)
+            for kind, loss in self._losses.items()
+            for name, value in loss.state.items()
+        }
+
+    def load_loss_states(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `loss_states` returned, where the tensors hold it."""
+        for kind, loss in self._losses.items():
+            loss.state.update(
+                {
+                    name: float(tensors[f"losses.{kind}.{name}"])
+                    for name in loss.state
+                    if f"losses.{kind}.{name}" in tensors
+                }
+            )
+
+    def end_step(self, parts: Mapping[str, float]) -> None:
+        """Tell adaptive losses that an optimizer step is done. `MultiTaskTrainer` does; call it in a loop of your own.
+
+        Args:
+            parts: means over the step's micro-batches and processes, under the names of `last_losses`.
+        """
+        for kind, loss in self._losses.items():
+            loss.end_step({key.removeprefix(f"{kind}/"): value for key, value in parts.items()})
 
     # -- modes ----------------------------------------------------------------------------------------------------
 
@@ -351,28 +417,43 @@ class MixtureModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel | None, adapter: str | Path, *, is_trainable: bool = False
+        cls,
+        model: PreTrainedModel | None,
+        adapter: str | Path,
+        *,
+        is_trainable: bool = False,
+        changes: Mapping[str, Any] | None = None,
     ) -> MixtureModel:
         """Put a saved adapter onto its base model.
 
         Args:
-            model: the base model; None loads the one that the adapter names.
+            model: the base model; None loads the one that the adapter names (of a converted model: that in the folder).
             adapter: a folder, or the id of a hub repository.
             is_trainable: keep the adapter trainable; otherwise it is frozen and in evaluation mode.
+            changes: options of the mixture to change, as other losses, or `{"expert": {"trainable": True}}` for a
+                converted model; see `moadapt.saving.changed_mixture`.
 
         Raises:
             AdapterError: another base model, or missing, left-over or misshapen tensors.
+            ConfigError: `changes` that do not fit what was saved.
         """
         config, saved = read_adapter_config(adapter)
+        optional: set[str] = set()
+        if changes:
+            config = changed_mixture(config, changes)
         if model is None:
             if not saved.get("name_or_path"):
                 raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
             model = load_base_model(saved["name_or_path"])
         check_base(model, saved, adapter)
         tensors = read_tensors(adapter)
-        mixture = cls(model, config)
+        lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
+        mixture = cls(model, config, lists or None)
+        if changes or saved.get("holds_experts"):
+            # Experts that are trained from now on, and those that the base model in the folder holds.
+            optional = {name for name in mixture._adapter if ".experts." in name}
         try:
-            mixture.load_adapter_state_dict(tensors, f"{adapter}/{WEIGHTS_FILE}")
+            mixture.load_adapter_state_dict(tensors, f"{adapter}/{WEIGHTS_FILE}", optional)
         except AdapterError:
             mixture.unload()  # the caller's model is as it was
             raise

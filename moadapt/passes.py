@@ -28,12 +28,14 @@ class PassRequest:
         prompt_mask_BS: bool, True at prompt tokens.
         task_ids_B: int64 task ids.
         record: collect the routings.
+        wants_reconstruction: let layers that replace a block compare their output with the block's.
         context: the context of the last pass that this request covered.
     """
 
     prompt_mask_BS: Tensor | None = None
     task_ids_B: Tensor | None = None
     record: bool = False
+    wants_reconstruction: bool = False
     context: RoutingContext | None = None
 
 
@@ -110,6 +112,7 @@ def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> RoutingContext:
         phase="decode" if decoding else "prefill",
         batch_size=rows,
         record=request.record,
+        wants_reconstruction=request.wants_reconstruction,
     )
     request.context = context
     return context

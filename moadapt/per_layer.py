@@ -35,44 +35,53 @@ class PerLayer:
     """Marks a config field that `at_site` resolves."""
 
 
-def _positive_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"must be a positive integer, not {value!r}")
+def _integer(value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        kind = "a positive integer" if minimum == 1 else "an integer from 0 up"
+        raise ValueError(f"must be {kind}, not {value!r}")
     return value
 
 
-def _validate(value: Any) -> Any:
+def _validate(value: Any, minimum: int = 1) -> Any:
     if isinstance(value, list):
         if not value:
             raise ValueError("the list of values per layer is empty")
-        return [_positive_int(item) for item in value]
+        return [_integer(item, minimum) for item in value]
     if isinstance(value, dict):
         for pattern in value:
             try:
                 re.compile(str(pattern))
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-        return {str(pattern): _positive_int(item) for pattern, item in value.items()}
+        return {str(pattern): _integer(item, minimum) for pattern, item in value.items()}
     try:
-        return _positive_int(value)
+        return _integer(value, minimum)
     except ValueError as error:
         raise ValueError(f"{error} (or a list with one value per layer, or a map of patterns to values)") from None
 
 
-_positive = {"type": "integer", "minimum": 1}
-_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        _positive,
-        {"type": "array", "items": _positive, "minItems": 1},
-        {"type": "object", "additionalProperties": _positive},
-    ]
-}
+def _schema(minimum: int) -> dict[str, Any]:
+    number = {"type": "integer", "minimum": minimum}
+    several: dict[str, Any] = {"type": "array", "items": number, "minItems": 1}
+    return {"anyOf": [number, several, {"type": "object", "additionalProperties": number}]}
+
+
+_SCHEMA = _schema(1)
 PerLayerInt: TypeAlias = Annotated[
     int | list[int] | dict[str, int],
     BeforeValidator(_validate),
     WithJsonSchema(_SCHEMA),
     PerLayer(),
 ]
+
+
+PerLayerCount: TypeAlias = Annotated[
+    int | list[int] | dict[str, int],
+    BeforeValidator(lambda value: _validate(value, 0)),
+    WithJsonSchema(_schema(0)),
+    PerLayer(),
+]
+"""As `PerLayerInt`, 0 included."""
 
 
 OptionalPerLayerInt: TypeAlias = Annotated[

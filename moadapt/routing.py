@@ -63,12 +63,15 @@ class RoutingRecord:
         routing: the decision.
         mask_T: bool, True at real tokens (at real rows for granularity `prompt` and `task`), or None when all are.
         batch_size: B, so that T can be split into sequences.
+        outputs: what the layer adds where a loss wants it: `reconstruction`, (T,), the squared distance of the
+            layer's output to the dense block's over the squared norm of the latter.
     """
 
     name: str
     routing: Routing
     mask_T: Tensor | None
     batch_size: int
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DecisionTape:
@@ -110,6 +113,8 @@ class RoutingContext:
         batch_size: B.
         record: whether routings are collected into `records`.
         records: the routings of this pass in the order in which they were made; recomputation adds none.
+        wants_reconstruction: whether layers that replace a block compare their output with the block's.
+        outputs: what layers found out beside their output, by router name; it becomes `RoutingRecord.outputs`.
         shared: decisions of routers that rule several layers, by router name.
         disabled: adapters that were off when the pass began, and so are off in its recomputation too.
     """
@@ -121,6 +126,8 @@ class RoutingContext:
     batch_size: int = 1
     record: bool = False
     records: list[RoutingRecord] = field(default_factory=list)
+    wants_reconstruction: bool = False
+    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     disabled: frozenset[int] = field(default_factory=lambda: _DISABLED.get())
     _tape: DecisionTape | None = field(default=None, repr=False)
@@ -147,7 +154,12 @@ class RoutingContext:
                     f"router {name}: {routing.weights_TN.shape[0]} tokens were routed but the padding mask covers "
                     f"{mask.shape[0]}"
                 )
-        self.records.append(RoutingRecord(name, routing, mask, batch_size))
+        self.records.append(RoutingRecord(name, routing, mask, batch_size, self.outputs.setdefault(name, {})))
+
+    def add_output(self, name: str, key: str, value: Tensor) -> None:
+        """Leave a tensor beside the record of a router, unless the pass is a recomputation."""
+        if not self._replaying:
+            self.outputs.setdefault(name, {})[key] = value
 
     def checkpoint_contexts(self) -> tuple[Any, Any]:
         """The (forward, recompute) context managers for one `torch.utils.checkpoint` region."""

@@ -7,6 +7,7 @@ the base model, so that an adapter is not put onto another model by mistake.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import moadapt
-from moadapt.config import MixtureConfig
-from moadapt.errors import AdapterError
+from moadapt.config import MixtureConfig, parse_mixture_config
+from moadapt.errors import AdapterError, ConfigError
+from moadapt.presets import PRESETS, merge_preset
 from moadapt.registry import config_error
 
 if TYPE_CHECKING:
@@ -26,8 +28,25 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "mixture_config.json"
 WEIGHTS_FILE = "mixture.safetensors"
+INDICES = ".experts.neuron_indices"
+"""End of the names of the tensors that say which neurons form which expert of a converted model."""
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
+HERE = "."
+"""As the name of an adapter's base model: it lies in the adapter's folder."""
+
+_STRUCTURE = (
+    "num_experts",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "num_shared_experts",
+    "split",
+    "padding",
+    "first_k_dense_replace",
+    "last_k_dense_replace",
+)
+"""Options that decide which experts a model has."""
 
 _IDENTITY = (
     "model_type",
@@ -55,6 +74,7 @@ def save_adapter(
     card: str | None = None,
     is_main_process: bool = True,
     safe_serialization: bool = True,
+    with_base: bool = False,
 ) -> None:
     """Write an adapter folder.
 
@@ -65,6 +85,8 @@ def save_adapter(
         card: text of the model card; a short one is written when not given.
         is_main_process: whether this process writes.
         safe_serialization: only true; adapters are never written as pickles.
+        with_base: the folder holds the base model too, so the adapter names the folder itself; experts of its own
+            feed-forward blocks are left to the base model's weights.
 
     Raises:
         AdapterError: the folder's place is taken by a file, the tensors are not whole, or a pickle is asked for.
@@ -77,12 +99,16 @@ def save_adapter(
     if folder.is_file():
         raise AdapterError(f"{folder} is a file; an adapter is saved as a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    given = state_dict or model.adapter_state_dict()
+    given = (state_dict or model.adapter_state_dict()) | model.adapter_buffers()
+    if with_base:
+        held = (".experts.in_proj", ".experts.out_proj", ".experts.in_bias", ".experts.out_bias")
+        given = {name: tensor for name, tensor in given.items() if not name.endswith(held)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise AdapterError(f"{empty[0]} is empty: ZeRO-3 has partitioned it; save through the trainer")
-    base = {"name_or_path": model.base_model.name_or_path, **base_identity(model.base_model)}
+    name = HERE if with_base else model.base_model.name_or_path
+    base = {"name_or_path": name, **({"holds_experts": True} if with_base else {}), **base_identity(model.base_model)}
     document = {
         "format_version": FORMAT_VERSION,
         "moadapt_version": moadapt.__version__,
@@ -142,7 +168,8 @@ def read_adapter_config(adapter: str | Path) -> tuple[MixtureConfig, dict[str, A
     Raises:
         AdapterError: no adapter there, or its JSON cannot be used.
     """
-    path = adapter_folder(adapter) / CONFIG_FILE
+    folder = adapter_folder(adapter)
+    path = folder / CONFIG_FILE
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
@@ -157,11 +184,46 @@ def read_adapter_config(adapter: str | Path) -> tuple[MixtureConfig, dict[str, A
     if not isinstance(document.get("base_model", {}), dict):
         raise AdapterError(f"{path}: base_model must be a mapping; the file is damaged")
     try:
-        return MixtureConfig.model_validate(document["mixture"]), dict(document["base_model"])
+        config, base = MixtureConfig.model_validate(document["mixture"]), dict(document["base_model"])
     except KeyError as error:
         raise AdapterError(f"{path}: no {error} in it; the file is not whole") from None
     except ValidationError as error:
         raise AdapterError(str(config_error(error, str(path)))) from None
+    if base.get("name_or_path") == HERE:
+        base["name_or_path"] = str(folder)
+    return config, base
+
+
+def changed_mixture(config: MixtureConfig, changes: Mapping[str, Any]) -> MixtureConfig:
+    """A saved mixture with other options, for further training.
+
+    Args:
+        config: what was saved.
+        changes: options over it. A `preset` gives its router's, losses' and experts' options, but not what fixes which
+            neurons form which expert.
+
+    Raises:
+        ConfigError: an option that decides which tensors there are, and so cannot change any more; or an invalid one.
+    """
+    saved = config.model_dump(mode="json")
+    given = dict(changes)
+    merged = saved
+    if given.get("preset") is not None:
+        if given["preset"] not in PRESETS:
+            parse_mixture_config(given, "mixture")  # which names the valid presets
+        preset = {key: value for key, value in PRESETS[given["preset"]].items() if key not in _STRUCTURE}
+        preset["expert"] = {key: value for key, value in preset.get("expert", {}).items() if key not in _STRUCTURE}
+        merged = merge_preset(merged, preset)
+    changed = parse_mixture_config(merge_preset(merged, given), "mixture")
+    after = changed.model_dump(mode="json")
+    problems = [key for key in _STRUCTURE if key in saved and after[key] != saved[key]]
+    problems += [f"expert.{k}" for k in (*_STRUCTURE, "kind") if saved["expert"].get(k) != after["expert"].get(k)]
+    if problems:
+        raise ConfigError(
+            f"mixture: {', '.join(problems)} cannot differ from what the model was made with; leave out what is saved "
+            "in it, or start from its base model"
+        )
+    return changed
 
 
 def adapter_folder(adapter: str | Path) -> Path:

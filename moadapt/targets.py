@@ -73,10 +73,10 @@ def find_targets(model: PreTrainedModel, config: MixtureConfig) -> list[Target]:
         if config.target_modules == "all-linear":
             matches = is_linear(module) and name != head
         else:
-            matches = _matches(name, config.target_modules)
-        if not matches or (config.exclude_modules is not None and _matches(name, config.exclude_modules)):
+            matches = matches_names(name, config.target_modules)
+        if not matches or (config.exclude_modules is not None and matches_names(name, config.exclude_modules)):
             continue
-        site = _site(name, modules)
+        site = site_of(name, modules)
         seen_layers.add(site.layer)
         if layers is not None and site.layer not in layers:
             continue
@@ -100,7 +100,8 @@ def find_targets(model: PreTrainedModel, config: MixtureConfig) -> list[Target]:
     return targets
 
 
-def _matches(name: str, pattern: Names) -> bool:
+def matches_names(name: str, pattern: Names) -> bool:
+    """Whether a list of names (of a module, or of the end of its path) or a regular expression selects a module."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in pattern)
@@ -121,7 +122,8 @@ def _layer_prefix(name: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
-def _site(name: str, modules: dict[str, nn.Module]) -> Site:
+def site_of(name: str, modules: dict[str, nn.Module]) -> Site:
+    """A module's name and the transformer layer that holds it."""
     prefix = _layer_prefix(name, modules)
     if prefix is None:
         return Site(name, None, 0)

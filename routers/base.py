@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from moadapt.ffn import StackedExperts
+from moadapt.ffn import Activation, StackedExperts
 from moadapt.registry import KindConfig
 from moadapt.routing import Routing, RoutingContext, router_dtype
 
@@ -78,7 +78,11 @@ class Router(nn.Module, ABC):
         self.config = config
         self.in_features = in_features
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32, device=device))
+        self.create_parameters(device)
+
+    def create_parameters(self, device: torch.device | None) -> None:
+        """Create and initialise the parameters, in fp32; here `weight` (N, D). The config and sizes are set already."""
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.in_features, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,6 +102,11 @@ class Router(nn.Module, ABC):
         """
 
     @classmethod
+    def needs_fit(cls, config: RouterConfig) -> bool:
+        """Whether the router means nothing before `fit`, so that only experts cut from a block can have it."""
+        return False
+
+    @classmethod
     def needs_inputs(cls, config: RouterConfig) -> bool:
         """Whether `fit` needs the block's inputs on calibration text."""
         return False
@@ -106,6 +115,13 @@ class Router(nn.Module, ABC):
         """Initialise or fit the router from the experts of a split block; here, the weights stay as they were drawn.
 
         Called once, at conversion, under `torch.no_grad`.
+        """
+        return
+
+    def attach(self, act: Activation) -> None:
+        """Take note of the activation function of the block whose experts this router rules; here, nothing.
+
+        Called whenever a router is put over experts cut from a block, at conversion (before `fit`) and at loading.
         """
         return
 

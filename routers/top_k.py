@@ -1,29 +1,35 @@
-"""Top-k routing: softmax over all experts, then the k largest are kept.
+"""Top-k routing: the k experts with the highest scores are kept.
 
     p = softmax(W x / temperature)              over all N experts, in fp32
     g_e = p_e  for the k largest p_e, else 0    (norm_topk_prob: divided by their sum)
 
-MoLoRA as MALoRA's baseline writes it (2410.22782, eqs. 3-5) and the MoE layers of transformers. Noisy top-k adds
-N(0, 1) * (softplus(W_noise x) + 0.01) to the logits in training (Shazeer et al. 1701.06538, eqs. 4-5; the 0.01 and
-the zero initialisation of W_noise as in LLaMA-MoE).
+MoLoRA as MALoRA's baseline writes it (2410.22782, eqs. 3-5) and the MoE layers of transformers. `combine` and `rescale`
+give the other forms: `sigmoid` puts p = sigmoid(W x / temperature) in place of the softmax (DSMoE with a fixed k, GLM4
+and DeepSeek-V3 without renormalisation), `unit` weighs every kept expert by 1 (EMoE, FactorLLM), and the factor of
+`routers/gates.py` multiplies all of them. Noisy top-k adds N(0, 1) * (softplus(W_noise x) + 0.01) to the logits in
+training (Shazeer et al. 1701.06538, eqs. 4-5; the 0.01 and the zero initialisation of W_noise as in LLaMA-MoE).
 
 With K = 1 and `norm_topk_prob` the gate is always 1 and the task loss would give the router no gradient, so that
-combination is refused (for N > 1).
+combination is refused (for N > 1). `unit` gives it none either: it is for routers that are fitted or set, as by `init:
+mean_gate` or `fit: prior_approximate`, and the auxiliary losses still train them.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from moadapt.errors import ConfigError
 from moadapt.per_layer import PerLayerInt
 from moadapt.registry import ROUTERS
-from moadapt.routers.base import Router, RouterConfig, jitter, linear_logits
+from moadapt.routers.base import RouterConfig, RouterSample, jitter, linear_logits
+from moadapt.routers.gates import Combine, Rescale, rescaled
+from moadapt.routers.linear import LinearRouter, LinearRouterConfig
+from moadapt.routers.prior_approximate import PriorApproximateConfig, fit_prior_approximate
 from moadapt.routing import Routing, RoutingContext
 
 _ALWAYS_ONE = (
@@ -32,34 +38,68 @@ _ALWAYS_ONE = (
 )
 
 
-class TopKRouterConfig(RouterConfig):
+class TopKRouterConfig(LinearRouterConfig):
     """Options of the `top_k` router.
 
     Attributes:
         num_experts_per_tok: K; one value, a list per layer, or a map of patterns.
-        norm_topk_prob: divide the kept probabilities by their sum.
-        temperature: divides the logits before the softmax.
+        norm_topk_prob: divide the kept probabilities by their sum; the same as `combine: softmax_renorm`.
+        combine: the weight of a kept expert: its `softmax` probability over all experts, over the kept ones
+            (`softmax_renorm`), its own `sigmoid`, or `unit`, 1.
+        rescale: factor for all kept experts: `none`, `n_over_k` (here the same as `n_over_active`) or a number.
+        temperature: divides the logits before the softmax or the sigmoid.
         router_jitter_noise: in training, the router reads x * U(1 - noise, 1 + noise); x itself is not changed.
         noisy_gating: in training, add learned Gaussian noise to the logits.
+        fit: `prior_approximate` (or a mapping with its options) trains the router on calibration inputs when a block is
+            split (FactorLLM's first stage); nothing when not given.
     """
 
     kind: Literal["top_k"] = "top_k"
     num_experts_per_tok: PerLayerInt = 2
     norm_topk_prob: bool = False
+    combine: Combine = "softmax"
+    rescale: Rescale = "none"
     temperature: float = Field(default=1.0, gt=0.0)
     router_jitter_noise: float = Field(default=0.0, ge=0.0, lt=1.0)
     noisy_gating: bool = False
+    fit: PriorApproximateConfig | None = None
+
+    @field_validator("fit", mode="before")
+    @classmethod
+    def _fit_by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_combine(self) -> Self:
+        """Each of `norm_topk_prob` and `combine` follows the other where only one is given."""
+        given = self.model_fields_set
+        # Assigned through __dict__: an ordinary assignment would validate, and so run this again.
+        if "combine" not in given:
+            self.__dict__["combine"] = "softmax_renorm" if self.norm_topk_prob else "softmax"
+        elif "norm_topk_prob" not in given:
+            self.__dict__["norm_topk_prob"] = self.combine == "softmax_renorm"
+        elif self.norm_topk_prob != (self.combine == "softmax_renorm"):
+            raise ValueError(
+                f"norm_topk_prob: {str(self.norm_topk_prob).lower()} contradicts combine: {self.combine} "
+                f"(norm_topk_prob: true is combine: softmax_renorm); set norm_topk_prob: {str(not self.norm_topk_prob).lower()}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _router_must_learn(self) -> Self:
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
             raise ValueError(_ALWAYS_ONE)
+        if self.init == "zeros" and self.combine in ("unit", "sigmoid"):
+            raise ValueError(
+                f"init: zeros with combine: {self.combine} ties all experts, and experts that are not kept get no "
+                "gradient that could break the tie; use init: normal, or a softmax"
+            )
         return self
 
 
 @ROUTERS.register("top_k", TopKRouterConfig)
-class TopKRouter(Router):
-    """Keeps the K most probable experts of every token. See the module's docstring for the equations."""
+class TopKRouter(LinearRouter):
+    """Keeps the K experts with the highest scores of every token. See the module's docstring for the equations."""
 
     config: TopKRouterConfig
 
@@ -78,23 +118,56 @@ class TopKRouter(Router):
         """(T, D) -> Routing with exactly K experts selected per token."""
         if self.training and self.config.router_jitter_noise > 0.0:
             hidden_states = jitter(hidden_states, self.config.router_jitter_noise)
-        logits_TN = linear_logits(hidden_states, self.weight)
+        logits_TN = self.logits(hidden_states)
         if self.training and self.config.noisy_gating:
             scale_TN = nn.functional.softplus(linear_logits(hidden_states, self.noise_weight)) + 0.01
             logits_TN = logits_TN + torch.randn_like(logits_TN) * scale_TN
-        probs_TN = torch.softmax(logits_TN / self.config.temperature, dim=-1)
+        scaled_TN = logits_TN / self.config.temperature
+        probs_TN = scaled_TN.sigmoid() if self.config.combine == "sigmoid" else scaled_TN.softmax(dim=-1)
         indices_TK = context.decide(lambda: probs_TN.topk(self.num_experts_per_tok, dim=-1).indices)
+        selected_TN = torch.zeros_like(probs_TN, dtype=torch.bool).scatter_(-1, indices_TK, True)
         kept_TK = probs_TN.gather(-1, indices_TK)
-        if self.config.norm_topk_prob:
+        if self.config.combine == "softmax_renorm":
             kept_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True)
+        elif self.config.combine == "unit":
+            kept_TK = torch.ones_like(kept_TK)
+        weights_TN = torch.zeros_like(probs_TN).scatter(-1, indices_TK, kept_TK)
         return Routing(
-            weights_TN=torch.zeros_like(probs_TN).scatter(-1, indices_TK, kept_TK),
-            selected_TN=torch.zeros_like(probs_TN, dtype=torch.bool).scatter_(-1, indices_TK, True),
+            weights_TN=rescaled(weights_TN, selected_TN, self.config.rescale, self.num_experts_per_tok),
+            selected_TN=selected_TN,
             logits_TN=logits_TN,
             probs_TN=probs_TN,
             indices_TK=indices_TK,
         )
 
+    @classmethod
+    def needs_fit(cls, config: RouterConfig) -> bool:
+        """With `fit` or `init: mean_gate`."""
+        assert isinstance(config, TopKRouterConfig)
+        return config.fit is not None or super().needs_fit(config)
+
+    @classmethod
+    def needs_inputs(cls, config: RouterConfig) -> bool:
+        """With `fit`."""
+        assert isinstance(config, TopKRouterConfig)
+        return config.fit is not None
+
+    def fit(self, sample: RouterSample) -> None:
+        """`init`, then `fit`.
+
+        Raises:
+            ConfigError: `fit` without calibration inputs.
+        """
+        super().fit(sample)
+        if self.config.fit is not None:
+            parameters = [self.weight, self.bias] if self.config.bias else [self.weight]
+            temperature, kept = self.config.temperature, self.num_experts_per_tok
+            fit_prior_approximate(parameters, lambda x: self.logits(x) / temperature, sample, kept, self.config.fit)
+
     def constant_weights(self) -> Tensor | None:
-        """One with a single expert, whose softmax is always 1; None otherwise."""
-        return torch.ones_like(self.weight[:, 0]) if self.num_experts == 1 else None
+        """With one expert whose softmax is always 1, or `unit` weights for all experts, these; None otherwise."""
+        unit = self.config.combine == "unit" and self.num_experts_per_tok == self.num_experts
+        if not unit and (self.num_experts > 1 or self.config.combine == "sigmoid"):
+            return None
+        ones_TN = torch.ones_like(self.weight[:, :1]).T
+        return rescaled(ones_TN, ones_TN.bool(), self.config.rescale, self.num_experts)[0].detach()

@@ -1,17 +1,20 @@
 """What every way of cutting a feed-forward block into experts shares: its options and its interface.
 
-Shapes: T tokens, D hidden size, F neurons of the block, S shared experts, N routed experts, M neurons of one expert.
+Shapes: T tokens, D hidden size, F neurons of the block, S shared experts, N routed experts, M neurons of one expert,
+C text clusters.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from moadapt.ffn import FeedForward
+from moadapt.errors import ConfigError
+from moadapt.ffn import PADDING, FeedForward
 from moadapt.registry import KindConfig
 
 
@@ -52,6 +55,22 @@ class Sizes:
         """M, neurons of one expert: F / (S + N), rounded up."""
         return -(-self.num_neurons // (self.num_shared + self.num_experts))
 
+    @property
+    def counts(self) -> list[int]:
+        """Neurons of each of the S + N experts, the shared ones first: the first F mod (S + N) hold one more."""
+        least, larger = divmod(self.num_neurons, self.num_shared + self.num_experts)
+        return [least + (expert < larger) for expert in range(self.num_shared + self.num_experts)]
+
+    @property
+    def shared_counts(self) -> list[int]:
+        """Neurons of each of the S shared experts."""
+        return self.counts[: self.num_shared]
+
+    @property
+    def routed_counts(self) -> list[int]:
+        """Neurons of each of the N routed experts."""
+        return self.counts[self.num_shared :]
+
 
 class Split(ABC):
     """Says which neurons form which expert.
@@ -60,13 +79,16 @@ class Split(ABC):
         config: the options of this kind.
     """
 
-    needs_inputs: ClassVar[bool] = False
-    """Whether `assign` reads `BlockSample.inputs_TD`."""
-    needs_gradients: ClassVar[bool] = False
-    """Whether `assign` reads `BlockSample.importance_CF`."""
-
     def __init__(self, config: SplitConfig) -> None:
         self.config = config
+
+    def needs_inputs(self, num_shared: int) -> bool:
+        """Whether `assign` reads `BlockSample.inputs_TD` when there are S shared experts."""
+        return False
+
+    def needs_gradients(self) -> bool:
+        """Whether `assign` reads `BlockSample.importance_CF`."""
+        return False
 
     @abstractmethod
     def assign(self, ffn: FeedForward, sizes: Sizes, sample: BlockSample, layer: str) -> Tensor:
@@ -79,6 +101,49 @@ class Split(ABC):
             layer: the block's name in the model, for messages and for index lists from a file.
 
         Returns:
-            int64 (S + N, M) on the CPU, the shared experts first: every neuron exactly once, and
-            `moadapt.ffn.PADDING` at the end of the rows that have one neuron less. Sizes differ by at most one.
+            int64 (S + N, M) on the CPU, the shared experts first: every neuron exactly once, ascending within an
+            expert, and `moadapt.ffn.PADDING` at the end of the rows that have one neuron less. Sizes differ by at
+            most one.
+
+        Raises:
+            ConfigError: the sample lacks what this split needs.
         """
+
+
+def index_lists(groups: Sequence[Tensor], width: int) -> Tensor:
+    """One row per group of neuron indices, ascending, padded to `width`: int64 (S + N, M) on the CPU."""
+    rows = torch.full((len(groups), width), PADDING, dtype=torch.int64)
+    for row_M, group in zip(rows, groups, strict=True):
+        row_M[: group.numel()] = group.to(device="cpu", dtype=torch.int64).sort().values
+    return rows
+
+
+def slices(neurons_F: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Consecutive pieces of the list, one per count."""
+    return list(torch.split(neurons_F, list(counts)))
+
+
+def clusters(neurons_G: Tensor, labels_G: Tensor, num_clusters: int) -> list[Tensor]:
+    """The neurons of every cluster, the clusters ordered by their smallest neuron.
+
+    Args:
+        neurons_G: int64 indices of the G neurons that were clustered.
+        labels_G: int64 cluster of each.
+        num_clusters: number of clusters, none of them empty.
+    """
+    groups = [neurons_G[labels_G == cluster] for cluster in range(num_clusters)]
+    return sorted(groups, key=lambda group: int(group.min()))
+
+
+def required(tensor: Tensor | None, what: str, kind: str, layer: str) -> Tensor:
+    """The tensor of a sample.
+
+    Raises:
+        ConfigError: calibration did not give it.
+    """
+    if tensor is None or tensor.numel() == 0:
+        raise ConfigError(
+            f"expert.split: {kind} needs {what} of {layer} on calibration text, and there is none; give `calibration.path`, "
+            "or choose a split that needs no data: contiguous, random, kmeans (without shared experts)"
+        )
+    return tensor

@@ -1,0 +1,174 @@
+"""The second job: split a model's dense feed-forward blocks into routed experts.
+
+Calibration runs the dense model over text and records what each block sees; splits and routers that need it get it. It
+goes through the model a few blocks at a time, so that what is recorded stays within `calibration_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moadapt.calibration import collect
+from moadapt.config import MixtureConfig, parse_mixture_config
+from moadapt.errors import ConfigError
+from moadapt.experts.ffn_partition import FfnPartitionConfig
+from moadapt.ffn import StackedExperts
+from moadapt.layer import RouterSite
+from moadapt.model import MixtureModel
+from moadapt.partition import PlannedBlock, build_router, check_config, plan_blocks
+from moadapt.registry import ROUTERS, SPLITS
+from moadapt.routers.base import RouterSample
+from moadapt.splits.base import BlockSample, Split
+
+Progress = Callable[[str, int, int], None]
+Batch = dict[str, Tensor]
+DEFAULT_CONVERSION: dict[str, Any] = {
+    "expert": {"kind": "ffn_partition"},
+    "router": {"kind": "top_k", "num_experts_per_tok": 4, "combine": "unit", "init": "mean_gate"},
+}
+"""Eight contiguous slices, four of them chosen by mean gate rows, summed as they are: no training, no calibration."""
+
+
+def convert_ffn_to_experts(
+    model: PreTrainedModel,
+    config: MixtureConfig | dict[str, Any] | None = None,
+    calibration: Sequence[Batch] | None = None,
+    *,
+    calibration_tokens: int = 32768,
+    calibration_memory: float = 2.0,
+    progress: Progress | None = None,
+) -> MixtureModel:
+    """Split a model's feed-forward blocks into routed experts.
+
+    Args:
+        model: a dense model; changed in place.
+        config: the mixture, with `expert.kind: ffn_partition` (the default here); or a preset's name under `preset`.
+        calibration: batches with `input_ids` and `attention_mask`, (B, S) int64, for splits and routers that need
+            them.
+        calibration_tokens: real tokens to record at each block, at most.
+        calibration_memory: GiB that the recorded inputs may take at one time.
+        progress: called with what is done, how much of it, and the total.
+
+    Returns:
+        The converted model. It generates, trains, saves and loads like a mixture of adapters.
+
+    Raises:
+        ConfigError: an invalid config, a model or block that cannot be split as it says, or no calibration where it is
+            needed. The model is unchanged then.
+    """
+    if not isinstance(config, MixtureConfig):
+        config = conversion_config(config)
+    if not isinstance(config.expert, FfnPartitionConfig):
+        raise ConfigError(f"expert.kind: {config.expert.kind} adapts linear layers; a conversion needs ffn_partition")
+    check_config(config)
+    planned = plan_blocks(model, config)
+    inputs, gradients = _needs(config, planned)
+    if (inputs or gradients) and not calibration:
+        what = "split" if any(_split_needs(item) for item in planned) else "router"
+        kind = config.expert.split.kind if what == "split" else config.router.kind
+        raise ConfigError(
+            f"{'expert.split' if what == 'split' else 'router'}: {kind} needs calibration text; give calibration.path "
+            f"(in Python: calibration=batches), or choose a {what} that needs none"
+        )
+    size = 4 * calibration_tokens * max(item.ffn.hidden_size for item in planned)
+    at_once = max(1, int(calibration_memory * 2**30 // size)) if inputs else len(planned)
+    if gradients:
+        at_once = len(planned)  # one backward pass gives them all
+    indices: dict[str, Tensor] = {}
+    fitted: dict[str, RouterSite] = {}
+    tick = progress or (lambda what, done, total: None)
+    for start in range(0, len(planned), at_once):
+        group = planned[start : start + at_once]
+        samples: dict[str, BlockSample] = {}
+        if inputs or gradients:
+            samples = _collect(model, group, calibration or (), inputs, gradients, calibration_tokens, progress)
+        for position, item in enumerate(group, start=start):
+            tick("splitting", position, len(planned))
+            name = item.block.name
+            sample = samples.get(name, BlockSample())
+            split: Split = SPLITS.build(item.expert.split)
+            with torch.no_grad():
+                indices[name] = split.assign(item.ffn, item.sizes, sample, name)
+                fitted[name] = _fitted_router(config, item, indices[name], sample)
+    tick("splitting", len(planned), len(planned))
+    del planned, group  # they hold on to the dense weights
+    mixture = MixtureModel(model, config, indices)
+    for name, site in mixture.injection.routers.items():
+        site.load_state_dict(fitted[name].state_dict())
+    return mixture
+
+
+def conversion_config(options: dict[str, Any] | None) -> MixtureConfig:
+    """A config for a conversion: what is not said is as in `DEFAULT_CONVERSION`.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    given = dict(options or {})
+    if given.get("preset") is None:
+        if isinstance(given.get("expert"), dict):
+            given["expert"] = {"kind": "ffn_partition", **given["expert"]}
+        router = given.get("router")
+        if isinstance(router, dict) and router.get("kind", "top_k") == "top_k":
+            given["router"] = DEFAULT_CONVERSION["router"] | router
+        given = DEFAULT_CONVERSION | given
+    return parse_mixture_config(given, "mixture")
+
+
+def _split_needs(item: PlannedBlock) -> tuple[bool, bool]:
+    """(inputs, gradients) that the split reads."""
+    split: Split = SPLITS.build(item.expert.split)
+    return split.needs_inputs(item.sizes.num_shared), split.needs_gradients()
+
+
+def _needs(config: MixtureConfig, planned: Iterable[PlannedBlock]) -> tuple[bool, bool]:
+    needs = [_split_needs(item) for item in planned]
+    router = ROUTERS.get(config.router.kind).cls.needs_inputs(config.router)
+    return router or any(inputs for inputs, _ in needs), any(gradients for _, gradients in needs)
+
+
+def _collect(
+    model: PreTrainedModel,
+    group: Sequence[PlannedBlock],
+    batches: Sequence[Batch],
+    inputs: bool,
+    gradients: bool,
+    max_tokens: int,
+    progress: Progress | None,
+) -> dict[str, BlockSample]:
+    blocks, downs = {}, {}
+    for item in group:
+        block = item.block
+        # A block without a module of its own is entered through its up-projection.
+        blocks[block.name] = block.part(model, block.layout.up) if block.inline else model.get_submodule(block.name)
+        downs[block.name] = block.part(model, block.layout.down)
+    return collect(
+        model,
+        blocks,
+        batches,
+        inputs=inputs,
+        gradients=gradients,
+        down_modules=downs,
+        num_clusters=max(item.sizes.num_experts for item in group),
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+
+
+def _fitted_router(config: MixtureConfig, item: PlannedBlock, indices_EM: Tensor, sample: BlockSample) -> RouterSite:
+    site = build_router(config, item)
+    shared = item.sizes.num_shared
+    site.router.fit(
+        RouterSample(
+            experts=StackedExperts.cut(item.ffn, indices_EM[shared:]),
+            shared=StackedExperts.cut(item.ffn, indices_EM[:shared]) if shared else None,
+            inputs_TD=sample.inputs_TD,
+        )
+    )
+    return site
+
