@@ -112,6 +112,10 @@ class ExpertBank(nn.Module, ABC):
         """All parameters of the bank."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def keep_original(self) -> None:
+        """Keep what the base model computes before it is trained, for losses that compare with it; here, it is frozen."""
+        return
+
     def regularization(self) -> Tensor | None:
         """A scalar to add to the training loss, for kinds that bring one."""
         return None

@@ -183,15 +183,10 @@ class PartitionBank(ExpertBank):
         assert lora is not None
         width, dtype = self.out_proj.shape[1], self.in_proj.dtype
         real_EM1: Any = self._real_EM1
-        in_EPD = self.in_proj
-        parts = [
-            lora.scaling * real_EM1 * (b_EMR @ a_ERD)
-            for b_EMR, a_ERD in zip(
-                self.lora_in_B.split(width, dim=1), self.lora_in_A.split(lora.r, dim=1), strict=True
-            )
-        ]
+        pairs = zip(torch.split(self.lora_in_B, width, 1), torch.split(self.lora_in_A, lora.r, 1), strict=True)
+        in_delta_EPD = torch.cat([lora.scaling * real_EM1 * (b_EMR @ a_ERD) for b_EMR, a_ERD in pairs], dim=1)
         out_delta_EMD = lora.scaling * real_EM1 * (self.lora_out_A.transpose(1, 2) @ self.lora_out_B)
-        return self._stack(in_EPD + torch.cat(parts, dim=1).to(dtype), self.out_proj + out_delta_EMD.to(dtype))
+        return self._stack(self.in_proj + in_delta_EPD.to(dtype), self.out_proj + out_delta_EMD.to(dtype))
 
     def _stack(self, in_EPD: Tensor, out_EMD: Tensor) -> StackedExperts:
         return StackedExperts(in_EPD, out_EMD, self.in_bias, self.act, self.gated, self.dropout)

@@ -17,12 +17,10 @@ from moadapt.calibration import collect
 from moadapt.config import MixtureConfig, parse_mixture_config
 from moadapt.errors import ConfigError
 from moadapt.experts.ffn_partition import FfnPartitionConfig
-from moadapt.ffn import StackedExperts
 from moadapt.layer import RouterSite
 from moadapt.model import MixtureModel
-from moadapt.partition import PlannedBlock, build_router, check_config, plan_blocks
+from moadapt.partition import PlannedBlock, build_router, check_config, fit_router, plan_blocks
 from moadapt.registry import ROUTERS, SPLITS
-from moadapt.routers.base import RouterSample
 from moadapt.splits.base import BlockSample, Split
 
 Progress = Callable[[str, int, int], None]
@@ -69,34 +67,32 @@ def convert_ffn_to_experts(
     planned = plan_blocks(model, config)
     inputs, gradients = _needs(config, planned)
     if (inputs or gradients) and not calibration:
-        what = "split" if any(_split_needs(item) for item in planned) else "router"
+        what = "split" if any(any(_split_needs(item)) for item in planned) else "router"
         kind = config.expert.split.kind if what == "split" else config.router.kind
         raise ConfigError(
             f"{'expert.split' if what == 'split' else 'router'}: {kind} needs calibration text; give calibration.path "
             f"(in Python: calibration=batches), or choose a {what} that needs none"
         )
-    size = 4 * calibration_tokens * max(item.ffn.hidden_size for item in planned)
-    at_once = max(1, int(calibration_memory * 2**30 // size)) if inputs else len(planned)
-    if gradients:
-        at_once = len(planned)  # one backward pass gives them all
+    groups = _groups(planned, calibration_tokens, calibration_memory, inputs, gradients)
+    total = len(planned)
     indices: dict[str, Tensor] = {}
     fitted: dict[str, RouterSite] = {}
     tick = progress or (lambda what, done, total: None)
-    for start in range(0, len(planned), at_once):
-        group = planned[start : start + at_once]
+    for group in groups:
         samples: dict[str, BlockSample] = {}
         if inputs or gradients:
             samples = _collect(model, group, calibration or (), inputs, gradients, calibration_tokens, progress)
-        for position, item in enumerate(group, start=start):
-            tick("splitting", position, len(planned))
+        for item in group:
+            tick("splitting", len(indices), total)
             name = item.block.name
             sample = samples.get(name, BlockSample())
             split: Split = SPLITS.build(item.expert.split)
             with torch.no_grad():
                 indices[name] = split.assign(item.ffn, item.sizes, sample, name)
-                fitted[name] = _fitted_router(config, item, indices[name], sample)
-    tick("splitting", len(planned), len(planned))
-    del planned, group  # they hold on to the dense weights
+            fitted[name] = build_router(config, item)
+            fit_router(config, item, fitted[name], indices[name], sample.inputs_TD)
+    tick("splitting", total, total)
+    del planned, groups, group, item  # they hold on to the dense weights
     mixture = MixtureModel(model, config, indices)
     for name, site in mixture.injection.routers.items():
         site.load_state_dict(fitted[name].state_dict())
@@ -132,6 +128,23 @@ def _needs(config: MixtureConfig, planned: Iterable[PlannedBlock]) -> tuple[bool
     return router or any(inputs for inputs, _ in needs), any(gradients for _, gradients in needs)
 
 
+def _groups(
+    planned: list[PlannedBlock], tokens: int, memory: float, inputs: bool, gradients: bool
+) -> list[list[PlannedBlock]]:
+    """Blocks whose calibration is recorded together: within the memory, and with as many text clusters as experts."""
+    groups: list[list[PlannedBlock]] = []
+    size = 4 * tokens * max(item.ffn.hidden_size for item in planned)
+    at_once = max(1, int(memory * 2**30 // size)) if inputs else len(planned)
+    for item in planned:
+        last = groups[-1] if groups else []
+        fits = 0 < len(last) < at_once
+        if fits and (not gradients or last[0].sizes.num_experts == item.sizes.num_experts):
+            last.append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
 def _collect(
     model: PreTrainedModel,
     group: Sequence[PlannedBlock],
@@ -155,20 +168,7 @@ def _collect(
         gradients=gradients,
         down_modules=downs,
         num_clusters=max(item.sizes.num_experts for item in group),
+        streams={item.block.name: item.block.stream for item in group},
         max_tokens=max_tokens,
-        progress=progress,
+        progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
     )
-
-
-def _fitted_router(config: MixtureConfig, item: PlannedBlock, indices_EM: Tensor, sample: BlockSample) -> RouterSite:
-    site = build_router(config, item)
-    shared = item.sizes.num_shared
-    site.router.fit(
-        RouterSample(
-            experts=StackedExperts.cut(item.ffn, indices_EM[shared:]),
-            shared=StackedExperts.cut(item.ffn, indices_EM[:shared]) if shared else None,
-            inputs_TD=sample.inputs_TD,
-        )
-    )
-    return site
-

@@ -20,6 +20,7 @@ from moadapt.partition import (
     build_router,
     check_config,
     choose_indices,
+    fit_router,
     plan_blocks,
     replace_blocks,
 )
@@ -89,6 +90,11 @@ def inject(
         raise ConfigError("this model already holds a mixture; unload() it, or start from the base model")
     if EXPERTS.get(config.expert.kind).cls.replaces_block:
         return _inject_partition(model, config, neuron_indices)
+    if ROUTERS.get(config.router.kind).cls.needs_fit(config.router):
+        raise ConfigError(
+            f"router: {config.router.kind} with these options is made from the experts of a split feed-forward block; "
+            "it needs expert.kind: ffn_partition"
+        )
     targets = find_targets(model, config)
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -126,6 +132,9 @@ def _inject_partition(
     planned = plan_blocks(model, config)
     indices = choose_indices(planned, neuron_indices)
     routers = {item.block.name: build_router(config, item) for item in planned}
+    if neuron_indices is None:
+        for item in planned:
+            fit_router(config, item, routers[item.block.name], indices[item.block.name])
     saved_too = _modules_to_save(model, config, [linear for item in planned for linear in item.block.linears(model)])
     injection = Injection(
         routers=routers, was_trainable={name for name, p in model.named_parameters() if p.requires_grad}

@@ -174,8 +174,9 @@ class PartitionLayer(nn.Module):
             want_TD = self.experts.dense(x_TD.detach())
         dtype = torch.promote_types(y_TD.dtype, torch.float32)
         want_TD = want_TD.to(dtype)
-        error_T = (y_TD.to(dtype) - want_TD).square().sum(-1)
-        return error_T / want_TD.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+        error_T: Tensor = (y_TD.to(dtype) - want_TD).square().sum(-1)
+        norm_T: Tensor = want_TD.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+        return error_T / norm_T
 
 
 class TrainableCopy(nn.Module):

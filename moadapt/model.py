@@ -17,6 +17,7 @@ from moadapt.config import MixtureConfig, parse_mixture_config
 from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
 from moadapt.inject import adapter_roles, inject
+from moadapt.layer import MixtureLayer
 from moadapt.losses import AuxiliaryLoss
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
 from moadapt.registry import LOSSES
@@ -81,6 +82,9 @@ class MixtureModel(nn.Module):
         self.last_losses: dict[str, Tensor] = {}
         self._adapter = self._find_adapter_parameters()
         self._roles = adapter_roles(self.injection, self._adapter)
+        if any(loss.wants_reconstruction or loss.wants_teacher_logits for loss in self._losses.values()):
+            for layer in self.injection.layers.values():
+                layer.experts.keep_original()
         self.train(model.training)
         if checkpointing:
             self.activation_checkpointing_enable()
@@ -123,7 +127,9 @@ class MixtureModel(nn.Module):
             kwargs = {**kwargs, "return_dict": True}
         active = self.injection.switch.enabled
         self._check_checkpointing()
-        request = PassRequest(prompt_mask, task_ids, record=bool(self._losses) and labels is not None and active)
+        losses = list(self._losses.values()) if labels is not None and active else []
+        compares = self.training and any(loss.wants_reconstruction for loss in losses)
+        request = PassRequest(prompt_mask, task_ids, record=bool(losses), wants_reconstruction=compares)
         with requesting(request):
             output = self.base_model(**kwargs)
         if labels is None:
@@ -135,15 +141,35 @@ class MixtureModel(nn.Module):
             # The mean over no label at all is not a number; its share of the step is zero.
             lm_loss, share = torch.where(count > 0, lm_loss, 0.0), count / num_items_in_batch
         aux_losses = self._auxiliary_losses(records) if active else {}
+        if active and self.training:
+            aux_losses |= self._distillation(kwargs, output.logits, labels, PassRequest(prompt_mask, task_ids))
         aux_loss = self._weighted_sum(aux_losses, lm_loss)
         loss = lm_loss + aux_loss if self.training else lm_loss
+        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+            self._explain_no_gradient()
         output.loss = loss if share is None else loss * share
         # Plain attributes, not keys: trainers that unpack or gather an output must not meet them.
         for name, value in (("lm_loss", lm_loss.detach()), ("aux_loss", aux_loss), ("aux_losses", aux_losses)):
             object.__setattr__(output, name, value)
         self.last_losses = {"lm": lm_loss.detach(), **{name: value.detach() for name, value in aux_losses.items()}}
+        for kind in aux_losses:
+            measured = self._losses[kind].measured if kind in self._losses else {}
+            self.last_losses |= {f"{kind}/{name}": value.to(lm_loss.device) for name, value in measured.items()}
         self.last_losses["aux"] = aux_loss.detach()
         return output.to_tuple() if as_tuple else output
+
+    def _explain_no_gradient(self) -> None:
+        """Experts that are frozen under gates that are always 1 leave nothing that the loss depends on.
+
+        Raises:
+            ConfigError: there are trainable tensors, and the loss depends on none of them.
+        """
+        if any(parameter.requires_grad for parameter in self._adapter.values()):
+            raise ConfigError(
+                f"router.combine: nothing that is trained has an influence on the loss: the {self.mixture_config.router.kind} "
+                "router's gates have no gradient and the experts are frozen. Set expert.trainable: true or expert.lora, "
+                "or choose gates with a gradient (router.combine: softmax_renorm)"
+            )
 
     def _check_checkpointing(self) -> None:
         """Recomputation must replay the first decisions; only `activation_checkpointing_enable` sees to that."""
@@ -164,12 +190,37 @@ class MixtureModel(nn.Module):
         return (predicted != IGNORE_INDEX).sum()
 
     def _auxiliary_losses(self, records: list[RoutingRecord]) -> dict[str, Tensor]:
-        losses = {name: loss(records) for name, loss in self._losses.items()} if records else {}
+        losses = {
+            name: loss(records)
+            for name, loss in self._losses.items()
+            if records and not loss.wants_teacher_logits and (self.training or not loss.wants_reconstruction)
+        }
         banks = (layer.experts for layer in self.injection.layers.values())
         terms = [term for bank in banks if (term := bank.regularization()) is not None]
         if terms:
             losses["regularization"] = torch.stack([term.float() for term in terms]).sum()
         return losses
+
+    def _distillation(
+        self, kwargs: dict[str, Any], logits_BSV: Tensor, labels_BS: Tensor, request: PassRequest
+    ) -> dict[str, Tensor]:
+        """Losses on the final logits; the teacher is the same model with its adapter off."""
+        kinds = {name: loss for name, loss in self._losses.items() if loss.wants_teacher_logits}
+        if not kinds:
+            return {}
+        inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+        if self.base_model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
+            inputs["decoder_input_ids"] = self.base_model.prepare_decoder_input_ids_from_labels(labels=labels_BS)
+        self.base_model.eval()
+        try:
+            with torch.no_grad(), self.disable_adapter(), requesting(request):
+                teacher_BSV = self.base_model(**inputs).logits
+        finally:
+            self.base_model.train()
+        labelled_BS = labels_BS != IGNORE_INDEX
+        if not self.base_model.config.is_encoder_decoder:  # position s predicts label s + 1
+            labelled_BS = nn.functional.pad(labelled_BS[:, 1:], (0, 1), value=False)
+        return {name: loss.from_logits(logits_BSV, teacher_BSV, labelled_BS) for name, loss in kinds.items()}
 
     def _weighted_sum(self, aux_losses: dict[str, Tensor], like: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=like.device)
@@ -211,8 +262,8 @@ class MixtureModel(nn.Module):
     def adapter_buffers(self) -> dict[str, Tensor]:
         """What the adapter remembers and does not train, by name: index lists of experts, states of losses."""
         modules = dict(self.base_model.named_modules())
-        buffers = {}
-        for name, layer in self.injection.layers.items():
+        buffers: dict[str, Tensor] = {}
+        for name in self.injection.layers:
             for part in (f"{name}.experts", f"{name}.router"):
                 persistent = modules[part].state_dict() if part in modules else {}
                 known = {key for key, _ in modules[part].named_parameters()} if part in modules else set()
@@ -379,7 +430,13 @@ class MixtureModel(nn.Module):
         """
         gates: dict[str, Tensor] = {}
         owners = Counter(id(p) for _, p in self.base_model.named_parameters(remove_duplicate=False))
-        for name, layer in self.injection.layers.items():
+        layers = {name: layer for name, layer in self.injection.layers.items() if isinstance(layer, MixtureLayer)}
+        if len(layers) < len(self.injection.layers):
+            raise AdapterError(
+                "routed experts in the place of a feed-forward block cannot be merged into one; export the model "
+                "(moadapt export), or unload() it to get the dense block back"
+            )
+        for name, layer in layers.items():
             constant = self.injection.routers[layer.ruled_by].router.constant_weights()
             if constant is None:
                 raise AdapterError(
@@ -394,7 +451,7 @@ class MixtureModel(nn.Module):
                     "them (tie_word_embeddings: false) before training, or keep the adapter beside the base model"
                 )
             gates[name] = constant
-        for name, layer in self.injection.layers.items():
+        for name, layer in layers.items():
             weight = layer.weight
             delta_OI = layer.delta_weight(gates[name])
             delta = delta_OI.T if isinstance(layer.base_layer, Conv1D) else delta_OI

@@ -14,10 +14,11 @@ from moadapt.blocks import Block, check_block, find_blocks, read_block, write_bl
 from moadapt.config import MixtureConfig
 from moadapt.errors import ConfigError
 from moadapt.experts.ffn_partition import FfnPartitionConfig, check_padding
-from moadapt.ffn import FeedForward
+from moadapt.ffn import FeedForward, StackedExperts
 from moadapt.layer import PartitionLayer, RouterSite
 from moadapt.per_layer import value_at
 from moadapt.registry import EXPERTS, ROUTERS, SPLITS
+from moadapt.routers.base import RouterSample
 from moadapt.routing import AdapterSwitch
 from moadapt.splits.base import BlockSample, Sizes, Split
 
@@ -113,7 +114,37 @@ def build_router(config: MixtureConfig, planned: PlannedBlock) -> RouterSite:
     weight = planned.ffn.up_FD
     router = ROUTERS.build(router_config, planned.ffn.hidden_size, num_experts, device=weight.device)
     router.requires_grad_(router.constant_weights() is None)
+    router.attach(planned.ffn.act)
     return RouterSite(block.name, router.to(torch.promote_types(weight.dtype, torch.float32)), block.stream)
+
+
+def fit_router(
+    config: MixtureConfig, planned: PlannedBlock, site: RouterSite, indices_EM: Tensor, inputs_TD: Tensor | None = None
+) -> None:
+    """Initialise or fit a router from the experts that it will rule.
+
+    Args:
+        config: the mixture.
+        planned: the dense block.
+        site: the router.
+        indices_EM: index lists of the experts, the shared ones first.
+        inputs_TD: what calibration saw.
+
+    Raises:
+        ConfigError: the router needs calibration and there is none.
+    """
+    if inputs_TD is None and type(site.router).needs_inputs(site.router.config):
+        raise ConfigError(
+            f"router: {config.router.kind} needs calibration text; use `moadapt convert` with calibration.path (in "
+            "Python convert_ffn_to_experts with calibration), or another router"
+        )
+    if planned.ffn.up_FD.is_meta:
+        return
+    shared = planned.sizes.num_shared
+    experts = StackedExperts.cut(planned.ffn, indices_EM[shared:])
+    always_on = StackedExperts.cut(planned.ffn, indices_EM[:shared]) if shared else None
+    with torch.no_grad():
+        site.router.fit(RouterSample(experts, always_on, inputs_TD))
 
 
 class Replacement:

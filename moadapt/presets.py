@@ -63,6 +63,77 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert": {"kind": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "shared_down": True},
         "router": {"kind": "softmax"},
     },
+    # -- dense feed-forward blocks cut into experts ---------------------------------------------------------------
+    # DSMoE, 2502.12455: eight consecutive slices, sigmoid gates with a threshold and a straight-through gradient, and
+    # an L1 penalty on the kept gates. Experts and routers are trained; the paper does not say what else is.
+    "dsmoe": {
+        "num_experts": 8,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "contiguous"}, "trainable": True},
+        "router": {"kind": "sigmoid_ste", "threshold": 0.5},
+        "losses": [{"kind": "sparsity", "coef": 1.0}],
+    },
+    # LLaMA-MoE v1, 2406.16554: the random split of the launched runs, noisy top-2 of 8 from a zero gate, softmax over
+    # the kept experts times N / K. Of its balance loss CV²(importance) + CV²(load), the first part.
+    "llama_moe": {
+        "num_experts": 8,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "random"}, "trainable": True},
+        "router": {
+            "kind": "top_k",
+            "num_experts_per_tok": 2,
+            "combine": "softmax_renorm",
+            "rescale": "n_over_k",
+            "init": "zeros",
+            "noisy_gating": True,
+        },
+        "losses": [{"kind": "importance", "coef": 0.01}],
+    },
+    # LLaMA-MoE v2, 2411.15708, its vanilla form: consecutive slices, top-2 of 8, the kept weights times 4.
+    "llama_moe_v2": {
+        "num_experts": 8,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "contiguous"}, "trainable": True},
+        "router": {"kind": "top_k", "num_experts_per_tok": 2, "combine": "softmax_renorm", "rescale": 4.0},
+        "losses": [{"kind": "load_balance", "coef": 0.01}],
+    },
+    # FactorLLM, 2408.11855, 1R4E2K: stage one fits the routers to the dense block at conversion, stage two trains the
+    # slices under 0/1 gates, which give the routers no gradient.
+    "factorllm": {
+        "num_experts": 4,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "contiguous"}, "trainable": True},
+        "router": {
+            "kind": "top_k",
+            "num_experts_per_tok": 2,
+            "combine": "unit",
+            "rescale": "n_over_k",
+            "bias": True,
+            "fit": {"kind": "prior_approximate"},
+        },
+    },
+    # CMoE, 2502.04416, S3A3E8: three shared experts and three of five routed ones, no training.
+    "cmoe": {
+        "num_experts": 5,
+        "expert": {"kind": "ffn_partition", "num_shared_experts": 3, "split": {"kind": "activation_rate"}},
+        "router": {"kind": "representative", "num_experts_per_tok": 3},
+    },
+    # EMoE, 2310.10908: balanced clusters of gate rows, scored by their mean row, 16 of 64, summed as they are.
+    "emoe": {
+        "num_experts": 64,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "kmeans"}},
+        "router": {"kind": "top_k", "num_experts_per_tok": 16, "combine": "unit", "init": "mean_gate"},
+    },
+    # D2DMoE, 2310.04361, on a model that is as dense as it comes: regressed output norms, as many experts as a token
+    # needs. The number of experts is not the paper's.
+    "d2dmoe": {
+        "num_experts": 8,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "kmeans"}},
+        "router": {"kind": "norm_regression"},
+    },
+    # ReMoE's routing, 2412.14711, over slices of a dense block: ReLU gates and an adaptive penalty to a target share.
+    "remoe": {
+        "num_experts": 8,
+        "expert": {"kind": "ffn_partition", "split": {"kind": "contiguous"}, "trainable": True},
+        "router": {"kind": "relu"},
+        "losses": [{"kind": "target_sparsity", "target": 0.5}],
+    },
 }
 
 

@@ -1,7 +1,4 @@
-"""Auxiliary losses: what is added to the language-model loss so that a router behaves.
-
-A loss reads the routings of one forward pass (`RoutingRecord`) and returns a scalar. It looks at real tokens only.
-`MixtureModel` multiplies it by `coef` and adds it to the loss in training.
+"""Losses that spread the tokens over the experts and keep the logits small.
 
 Symbols: T real tokens of one router, N experts, K experts per token, p probabilities before selection, c_i tokens
 that selected expert i, f_i share of expert i in all selections, P_i mean of p_ti over tokens.
@@ -9,8 +6,7 @@ that selected expert i, f_i share of expert i in all selections, P_i mean of p_t
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,82 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from moadapt.errors import ConfigError
+from moadapt.losses.base import AuxiliaryLoss, Group, LossConfig, Probs, Reduce, groups, reduce_routers
 from moadapt.registry import LOSSES, KindConfig
 from moadapt.routing import RoutingRecord
-
-Reduce = Literal["mean", "sum"]
-Probs = Literal["full", "selected"]
-
-
-class LossConfig(KindConfig):
-    """Options of every auxiliary loss.
-
-    Attributes:
-        coef: factor of the loss in the sum that is trained.
-    """
-
-    coef: float = Field(default=0.01, ge=0.0)
-
-
-class AuxiliaryLoss(ABC):
-    """A scalar computed from the routings of one forward pass."""
-
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
-
-    @abstractmethod
-    def __call__(self, records: Sequence[RoutingRecord]) -> Tensor:
-        """The loss over all routers of the pass, before `coef`.
-
-        Args:
-            records: one per router; at least one.
-
-        Returns:
-            A scalar in the routers' dtype.
-        """
-
-    @classmethod
-    def check(cls, config: KindConfig, router_selects_all: bool) -> None:
-        """Refuse options that do nothing with this sort of router; here, none.
-
-        Raises:
-            ValueError: names the option and the way out.
-        """
-        return
-
-
-class _Group:
-    """Routers with equal shapes and mask, stacked along a first dimension M so that one operation serves all."""
-
-    def __init__(self, records: Sequence[RoutingRecord]) -> None:
-        first = records[0]
-        self.batch_size = first.batch_size
-        self.logits_MTN = torch.stack([record.routing.logits_TN for record in records])
-        self.probs_MTN = torch.stack([record.routing.probs_TN for record in records])
-        self.selected_MTN = torch.stack([record.routing.selected_TN for record in records])
-        tokens = self.probs_MTN.shape[1]
-        mask = first.mask_T if first.mask_T is not None else torch.ones(tokens, device=self.probs_MTN.device)
-        self.mask_T = mask.to(device=self.probs_MTN.device, dtype=self.probs_MTN.dtype)
-
-    def probabilities(self, which: Probs) -> Tensor:
-        """(M, T, N): all probabilities, or those of the selected experts with zeros elsewhere."""
-        return self.probs_MTN if which == "full" else self.probs_MTN * self.selected_MTN
-
-
-def _groups(records: Sequence[RoutingRecord]) -> Iterator[_Group]:
-    grouped: dict[tuple[object, ...], list[RoutingRecord]] = {}
-    for record in records:
-        logits = record.routing.logits_TN
-        mask = record.mask_T
-        key = (logits.shape, logits.device, record.batch_size, None if mask is None else mask.data_ptr())
-        grouped.setdefault(key, []).append(record)
-    for members in grouped.values():
-        yield _Group(members)
-
-
-def _reduce(per_router: list[Tensor], how: Reduce) -> Tensor:
-    values = torch.cat([values.flatten().to(per_router[0].device) for values in per_router])
-    return values.mean() if how == "mean" else values.sum()
 
 
 class LoadBalanceConfig(LossConfig):
@@ -129,7 +52,7 @@ class LoadBalanceLoss(AuxiliaryLoss):
 
     def __call__(self, records: Sequence[RoutingRecord]) -> Tensor:
         """Scalar; see the class. Raises ConfigError when `pooled` meets routers with different N."""
-        sums = [self._sums(group) for group in _groups(records)]
+        sums = [self._sums(group) for group in groups(records)]
         if self.config.reduce == "pooled":
             if len({probs.shape[-1] for _, probs, _ in sums}) > 1:
                 raise ConfigError("losses.load_balance.reduce: pooled needs one num_experts for all layers; use mean")
@@ -144,14 +67,14 @@ class LoadBalanceLoss(AuxiliaryLoss):
             per_sequence_MB = probs_MBN.shape[-1] * (f_MBN * p_MBN).sum(-1)
             real_MB = (tokens_MB > 0).to(per_sequence_MB.dtype)
             values.append((per_sequence_MB * real_MB).sum(-1) / real_MB.sum(-1).clamp(min=1.0))
-        return _reduce(values, "sum" if self.config.reduce == "sum" else "mean")
+        return reduce_routers(values, "sum" if self.config.reduce == "sum" else "mean")
 
     @staticmethod
     def _pool(sums: list[Tensor]) -> Tensor:
         """Sum over all routers, kept as a first dimension of one."""
         return torch.cat([values.to(sums[0].device) for values in sums]).sum(0, keepdim=True)
 
-    def _sums(self, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over tokens, with B = 1 for level `batch`: counts (M, B, N), probabilities (M, B, N), tokens (M, B)."""
         rows = group.batch_size if self.config.level == "sequence" else 1
         chosen_MTN = group.selected_MTN
@@ -196,10 +119,10 @@ class RouterZLoss(AuxiliaryLoss):
     def __call__(self, records: Sequence[RoutingRecord]) -> Tensor:
         """Scalar; see the class."""
         values = []
-        for group in _groups(records):
+        for group in groups(records):
             z_MT = torch.logsumexp(group.logits_MTN, dim=-1).square()
             values.append((z_MT * group.mask_T).sum(-1) / group.mask_T.sum().clamp(min=1.0))
-        return _reduce(values, self.config.reduce)
+        return reduce_routers(values, self.config.reduce)
 
 
 class ImportanceConfig(LossConfig):
@@ -227,10 +150,10 @@ class ImportanceLoss(AuxiliaryLoss):
     def __call__(self, records: Sequence[RoutingRecord]) -> Tensor:
         """Scalar; see the class."""
         values = []
-        for group in _groups(records):
+        for group in groups(records):
             importance_MN = (group.probabilities(self.config.probs) * group.mask_T.unsqueeze(-1)).sum(1)
             mean_M = importance_MN.mean(-1)
             variance_M = importance_MN.var(-1, correction=0)
             # No real token at all: importance is 0 everywhere, which is balance.
             values.append(variance_M / mean_M.square().clamp(min=torch.finfo(mean_M.dtype).tiny))
-        return _reduce(values, self.config.reduce)
+        return reduce_routers(values, self.config.reduce)
