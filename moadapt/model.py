@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from moadapt.adjust import set_num_experts_per_tok, set_router_threshold
 from moadapt.config import MixtureConfig, parse_mixture_config
 from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
@@ -145,7 +146,7 @@ class MixtureModel(nn.Module):
             aux_losses |= self._distillation(kwargs, output.logits, labels, PassRequest(prompt_mask, task_ids))
         aux_loss = self._weighted_sum(aux_losses, lm_loss)
         loss = lm_loss + aux_loss if self.training else lm_loss
-        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+        if active and self.training and torch.is_grad_enabled() and not loss.requires_grad:
             self._explain_no_gradient()
         output.loss = loss if share is None else loss * share
         # Plain attributes, not keys: trainers that unpack or gather an output must not meet them.
@@ -368,6 +369,22 @@ class MixtureModel(nn.Module):
         """
         for kind, loss in self._losses.items():
             loss.end_step({key.removeprefix(f"{kind}/"): value for key, value in parts.items()})
+
+    def set_router_threshold(self, threshold: float) -> None:
+        """Give every router another threshold, which is saved with the model: higher keeps fewer experts.
+
+        Raises:
+            ConfigError: the routers have none, or the value is outside of its range.
+        """
+        set_router_threshold(self, threshold)
+
+    def set_num_experts_per_tok(self, number: int) -> None:
+        """Let every router keep another number of experts for each token, which is saved with the model.
+
+        Raises:
+            ConfigError: the routers keep no fixed number, or there are fewer experts.
+        """
+        set_num_experts_per_tok(self, number)
 
     # -- modes ----------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def in_fp32(experts: StackedExperts) -> StackedExperts:
 
 def chunks(inputs_TD: Tensor, experts: StackedExperts) -> Iterator[Tensor]:
     """The inputs, some tokens at a time, where the experts are and in their dtype: (C, D)."""
-    for chunk_CD in inputs_TD.split(_CHUNK):
+    for chunk_CD in torch.split(inputs_TD, _CHUNK):
         yield chunk_CD.to(device=experts.out_NMD.device, dtype=experts.out_NMD.dtype)
 
 
@@ -98,4 +98,5 @@ def descend(
 
 def _batches(num_tokens: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     while True:
-        yield from torch.randperm(num_tokens, generator=generator)[: num_tokens // size * size].split(size)
+        order = torch.randperm(num_tokens, generator=generator)[: num_tokens // size * size]
+        yield from torch.split(order, size)

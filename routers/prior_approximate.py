@@ -5,8 +5,8 @@
     p = softmax(W x + b)                                        the router
     L = route_coef * sum_i p_i log(p_i / q_i) + balance_coef * mean_i (1[i among the K largest p] * p_i)
 
-FactorLLM (2408.11855), as its code has it; both terms are means over tokens. The label is a softmax over zeros and ones,
-and so a soft one. Stage two then trains the experts with the language-model loss.
+FactorLLM (2408.11855), as its code has it; both terms are means over tokens. The label is a softmax over zeros and
+ones, and so a soft one. Stage two then trains the experts with the language-model loss.
 
 Shapes: T calibration tokens, C of them at a time, D hidden size, N experts, K experts per token.
 """

@@ -5,13 +5,13 @@
     keep the k experts with the largest s
     g_i = 1, or 1 + softmax(s)_i u_i with learned_scale     u starts at zero
 
-CMoE (2502.04416). A token marks its `num_markers` neurons with the largest |activation|, among all neurons of the block,
-shared ones included. A neuron's marks over the calibration tokens are a binary column; R(i) is the neuron whose column is
-closest to the mean column of its expert. For binary columns L1 (the released code) and squared L2 (the paper) order
-neurons alike: both distances are  (marks of the neuron) - 2 sum_t column_t mean_t  + the same constant.
+CMoE (2502.04416). A token marks its `num_markers` neurons with the largest |activation|, among all neurons of the
+block, shared ones included. A neuron's marks over the calibration tokens are a binary column; R(i) is the neuron whose
+column is closest to the mean column of its expert. For binary columns L1 and squared L2 order the neurons of an expert
+alike: both distances are  (marks of the neuron) - 2 sum_t column_t mean_t  + the same constant.
 
-The paper scores with the signed activation; the released code with its absolute value (`absolute: true`) and rows of unit
-length (`unit_norm: true`). The paper's further bias for selection alone, moved by +-0.001 towards equal load while
+The paper scores with the signed activation; the released code with its absolute value (`absolute: true`) and rows of
+unit length (`unit_norm: true`). The paper's further bias for selection alone, moved by +-0.001 towards equal load while
 fine-tuning, is not part of this router; the loss `load_balance` serves that end.
 
 Shapes: T rows, D hidden size, N experts, M neurons of one expert, E all experts (shared first), K experts per row.

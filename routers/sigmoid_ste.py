@@ -5,13 +5,13 @@
     S(s) = sg(G(s)) + s - sg(s)                         forward G, gradient 1 everywhere; sg stops the gradient
     g = S(s) * N / max(1, number of s > threshold)      the number is a constant
 
-DSMoE (2502.12455, eqs. 7, 8, 10, 11), with eq. 8's factor also on the straight-through output, which the paper leaves
-open. The gate of an expert that is off gets the gradient x^T (<dL/dy, E_i(x)> s') too (eqs. 15-16), so training computes
-every expert; the weights of such an expert get none. `straight_through: false` is the paper's ablation: gradients
-through G alone.
+DSMoE (2502.12455, eqs. 7, 8, 10, 11), with eq. 8's factor also on the straight-through output, which the paper
+leaves open. The gate of an expert that is off gets the gradient x^T (<dL/dy, E_i(x)> s') too (eqs. 15-16), so training
+computes every expert; the weights of such an expert get none. `straight_through: false` is the paper's ablation:
+gradients through G alone.
 
-`combine: unit` keeps the selection and its gradient but weighs every kept expert by 1: S(s) = sg(1[s > threshold]) + s -
-sg(s).
+`combine: unit` keeps the selection and its gradient but weighs every kept expert by 1: in the place of G stands
+1[s > threshold].
 
 A row without any expert above the threshold gets weights of zero, never NaN; `min_active: 1` keeps its best expert.
 Gates that start at zero are refused: each is then sigmoid(0) = 0.5, which no token's input can change, so that with a

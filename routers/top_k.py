@@ -79,9 +79,10 @@ class TopKRouterConfig(LinearRouterConfig):
         elif "norm_topk_prob" not in given:
             self.__dict__["norm_topk_prob"] = self.combine == "softmax_renorm"
         elif self.norm_topk_prob != (self.combine == "softmax_renorm"):
+            given_as, fitting = ("true", "false") if self.norm_topk_prob else ("false", "true")
             raise ValueError(
-                f"norm_topk_prob: {str(self.norm_topk_prob).lower()} contradicts combine: {self.combine} "
-                f"(norm_topk_prob: true is combine: softmax_renorm); set norm_topk_prob: {str(not self.norm_topk_prob).lower()}"
+                f"norm_topk_prob: {given_as} contradicts combine: {self.combine} (norm_topk_prob: true is combine: "
+                f"softmax_renorm); set norm_topk_prob: {fitting}"
             )
         return self
 

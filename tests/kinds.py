@@ -51,9 +51,24 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "router_jitter_noise": 0.1,
     },
     "top_all": {"kind": "top_k", "num_experts_per_tok": 4, "norm_topk_prob": True},
+    "top_2_sigmoid": {"kind": "top_k", "num_experts_per_tok": 2, "combine": "sigmoid", "rescale": "n_over_k"},
+    "top_3_renorm": {"kind": "top_k", "num_experts_per_tok": 3, "combine": "softmax_renorm", "rescale": 2.5},
+    "top_2_unit": {"kind": "top_k", "num_experts_per_tok": 2, "combine": "unit", "rescale": "n_over_active"},
+    "sigmoid_ste": {"kind": "sigmoid_ste"},
+    "sigmoid_ste_unit": {"kind": "sigmoid_ste", "threshold": 0.6, "combine": "unit", "min_active": 1},
+    "sigmoid_g": {"kind": "sigmoid_ste", "straight_through": False, "min_active": 2, "rescale": "none"},
+    "relu": {"kind": "relu"},
+    "relu_n_over_active": {"kind": "relu", "rescale": "n_over_active"},
 }
+NOT_TRAINED = {"top_2_unit"}
+"""Routers that get no gradient from the task."""
 
-ROWS = [Row(f"{expert}-{router}", EXPERTS[expert], ROUTERS[router]) for expert in EXPERTS for router in ROUTERS]
+ROWS = [
+    Row(f"{expert}-{router}", EXPERTS[expert], ROUTERS[router])
+    for expert in EXPERTS
+    for router in ROUTERS
+    if router not in NOT_TRAINED
+]
 FEW = [
     Row(f"{expert}-{router}", EXPERTS[expert], ROUTERS[router])
     for expert, router in [

@@ -22,6 +22,22 @@ class Decision:
     selected: list[bool]
     logits: list[Tensor]
     probs: list[Tensor]
+    straight_through: bool = False
+
+
+def sigmoid(value: Tensor) -> Tensor:
+    """1 / (1 + exp(-v))."""
+    return 1.0 / (1.0 + torch.exp(-value))
+
+
+def factor(rescale: Any, num_experts: int, num_active: int, num_kept: int | None = None) -> float:
+    """What `rescale` multiplies the gates of one token by."""
+    if rescale == "n_over_active":
+        return num_experts / max(1, num_active)
+    if rescale == "n_over_k":
+        assert num_kept is not None
+        return num_experts / num_kept
+    return 1.0 if rescale == "none" else rescale
 
 
 def softmax(values: list[Tensor]) -> list[Tensor]:
@@ -36,7 +52,7 @@ def softmax(values: list[Tensor]) -> list[Tensor]:
 
 @dataclass
 class NaiveRouter:
-    """The equations of the `softmax` and `top_k` routers for one token.
+    """The equations of the linear routers for one token.
 
     `draws` holds the random numbers of training: `jitter` (T, D) factors and `noise` (T, N) normal numbers.
     """
@@ -45,6 +61,7 @@ class NaiveRouter:
     weight_ND: Tensor
     noise_weight_ND: Tensor | None = None
     draws: dict[str, Tensor] = field(default_factory=dict)
+    bias_N: Tensor | None = None
 
     def __call__(self, x_D: Tensor, token: int) -> Decision:
         if "jitter" in self.draws:
@@ -57,18 +74,59 @@ class NaiveRouter:
                 logit + normal * std
                 for logit, normal, std in zip(logits, self.draws["noise"][token], spread, strict=True)
             ]
+        if self.bias_N is not None:
+            logits = [logit + bias for logit, bias in zip(logits, self.bias_N, strict=True)]
+        if self.options["kind"] == "sigmoid_ste":
+            return self._threshold(logits)
+        if self.options["kind"] == "relu":
+            return self._relu(logits)
         temperature = self.options.get("temperature", 1.0)
-        probs = softmax([logit / temperature for logit in logits])
+        scaled = [logit / temperature for logit in logits]
+        combine = self.options.get("combine", "softmax_renorm" if self.options.get("norm_topk_prob") else "softmax")
+        probs = [sigmoid(score) for score in scaled] if combine == "sigmoid" else softmax(scaled)
         experts = range(len(probs))
         if self.options["kind"] == "softmax":
             return Decision(probs, [True] * len(probs), logits, probs)
-        kept = sorted(experts, key=lambda expert: -probs[expert].item())[: self.options.get("num_experts_per_tok", 2)]
-        scale = sum(probs[expert] for expert in kept) if self.options.get("norm_topk_prob") else 1.0
-        gates = [probs[expert] / scale if expert in kept else torch.zeros_like(probs[expert]) for expert in experts]
+        num_kept = self.options.get("num_experts_per_tok", 2)
+        kept = sorted(experts, key=lambda expert: -probs[expert].item())[:num_kept]
+        weights = probs
+        if combine == "softmax_renorm":
+            weights = [prob / sum(probs[expert] for expert in kept) for prob in probs]
+        if combine == "unit":
+            weights = [torch.ones_like(prob) for prob in probs]
+        times = factor(self.options.get("rescale", "none"), len(probs), len(kept), num_kept)
+        gates = [weights[expert] * times if expert in kept else torch.zeros_like(probs[expert]) for expert in experts]
         return Decision(gates, [expert in kept for expert in experts], logits, probs)
 
+    def _threshold(self, logits: list[Tensor]) -> Decision:
+        """S(s) = G(s) + s - s with constants for the first and the last, times N / active."""
+        probs = [sigmoid(logit) for logit in logits]
+        best = sorted(range(len(probs)), key=lambda expert: -probs[expert].item())
+        best = best[: self.options.get("min_active", 0)]
+        threshold = self.options.get("threshold", 0.5)
+        selected = [prob.item() > threshold or expert in best for expert, prob in enumerate(probs)]
+        straight_through = self.options.get("straight_through", True)
+        gates = []
+        for prob, on in zip(probs, selected, strict=True):
+            weight = prob if self.options.get("combine", "sigmoid") == "sigmoid" else torch.ones_like(prob)
+            gate = weight if on else torch.zeros_like(weight)
+            gates.append(gate.item() + prob - prob.item() if straight_through else gate)
+        times = factor(self.options.get("rescale", "n_over_active"), len(probs), sum(selected))
+        return Decision([gate * times for gate in gates], selected, logits, probs, straight_through)
+
+    def _relu(self, logits: list[Tensor]) -> Decision:
+        """max(0, v)."""
+        probs = [logit if logit.item() > 0 else torch.zeros_like(logit) for logit in logits]
+        selected = [logit.item() > 0 for logit in logits]
+        times = factor(self.options.get("rescale", "none"), len(logits), sum(selected))
+        return Decision([prob * times for prob in probs], selected, logits, probs)
+
     def margin(self, decision: Decision) -> float:
-        """How far the last kept logit exceeds the first dropped one's; infinite if none is dropped."""
+        """How far the decision is from another, in logits: the last kept one's lead, or the distance to a threshold."""
+        if self.options["kind"] in ("sigmoid_ste", "relu"):
+            threshold = self.options.get("threshold", 0.5)
+            edge = math.log(threshold / (1.0 - threshold)) if self.options["kind"] == "sigmoid_ste" else 0.0
+            return min(abs(logit.item() - edge) for logit in decision.logits)
         kept = [logit.item() for logit, on in zip(decision.logits, decision.selected, strict=True) if on]
         dropped = [logit.item() for logit, on in zip(decision.logits, decision.selected, strict=True) if not on]
         return min(kept) - max(dropped) if dropped else math.inf
@@ -113,7 +171,8 @@ def mixture(
             y_O = y_O + bias_O
         inner_I = x_I if keep_TI is None else x_I * keep_TI[token]
         for expert, gate in enumerate(decisions[token].gates):
-            if decisions[token].selected[expert]:
+            # A straight-through gate of zero adds nothing to y but has a gradient.
+            if decisions[token].selected[expert] or decisions[token].straight_through:
                 y_O = y_O + gate * expert_output(options, tensors, expert, inner_I)
         rows.append(y_O)
     return torch.stack(rows)

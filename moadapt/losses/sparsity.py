@@ -63,7 +63,8 @@ class TargetSparsityConfig(LossConfig):
         target: share of the routed experts that a token shall keep on average, over all routers: k / N.
         form: `adaptive` as ReMoE, or `absolute`; see the class.
         initial_strength: lambda in the first step (`adaptive`).
-        multiplier: what changes lambda from step to step (`adaptive`).
+        multiplier: what changes lambda from step to step (`adaptive`). A smaller one overshoots less where the router
+            learns slowly: gates that were pushed to zero for every token do not come back.
     """
 
     kind: Literal["target_sparsity"] = "target_sparsity"
