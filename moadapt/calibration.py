@@ -113,30 +113,29 @@ def collect(
 
 
 class _Draw:
-    """A uniform draw of K tokens from a stream of unknown length: every token gets a random key, the smallest stay."""
+    """A uniform draw of K tokens from a stream of unknown length: every token gets a random key, the smallest stay.
+
+    `tokens_K` says which token of the stream is in each of the K slots, or -1 for none.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.count = size, 0
+        self.size, self.count, self.seen = size, 0, 0
         self.keys_K = torch.full((size,), torch.inf, dtype=torch.float64)
+        self.tokens_K = torch.full((size,), -1, dtype=torch.int64)
         self.generator = torch.Generator().manual_seed(seed)
 
     def place(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Which of the next tokens are kept, and the slots that they take: int64, equally many."""
         keys_T = torch.rand(num_tokens, dtype=torch.float64, generator=self.generator)
-        free = torch.arange(self.count, min(self.size, self.count + num_tokens))
-        self.count += len(free)
-        tokens = torch.arange(len(free))
-        self.keys_K[free] = keys_T[tokens]
-        rest_T = keys_T[len(free) :]
-        if len(rest_T) == 0:
-            return tokens, free
-        merged = torch.cat([self.keys_K, rest_T])
+        merged = torch.cat([self.keys_K, keys_T])
         stay = torch.zeros(len(merged), dtype=torch.bool)
         stay[merged.argsort(stable=True)[: self.size]] = True
-        slots, newcomers = (~stay[: self.size]).nonzero()[:, 0], stay[self.size :].nonzero()[:, 0]
-        self.keys_K[slots] = rest_T[newcomers]
-        replaced = torch.isin(free, slots)
-        return torch.cat([tokens[~replaced], newcomers + len(free)]), torch.cat([free[~replaced], slots])
+        newcomers = stay[self.size :].nonzero()[:, 0]
+        slots = (~stay[: self.size]).nonzero()[:, 0]  # free ones have infinite keys
+        self.keys_K[slots], self.tokens_K[slots] = keys_T[newcomers], self.seen + newcomers
+        self.seen += num_tokens
+        self.count = min(self.size, self.seen)
+        return newcomers, slots
 
 
 class _InputRecorder:
@@ -168,10 +167,11 @@ class _InputRecorder:
         return see
 
     def result(self, name: str) -> Tensor:
-        """(T, D), T at most K."""
+        """(T, D), T at most K, in the order of the texts."""
         _all_ran([name], {key: None for key, (_, draw) in self.kept.items() if draw.count})
         buffer, draw = self.kept[name]
-        return buffer[: draw.count]
+        order_K = draw.tokens_K.argsort()
+        return buffer[order_K[self.max_tokens - draw.count :]]  # behind the free slots, whose token is -1
 
 
 # -- importance -------------------------------------------------------------------------------------------------

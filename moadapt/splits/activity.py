@@ -15,7 +15,7 @@ from torch import Tensor
 from moadapt.ffn import FeedForward
 from moadapt.splits.base import Sizes, slices
 
-_PIECE = 512
+_PIECE = 256
 
 
 def hidden_pieces(ffn: FeedForward, inputs_TD: Tensor) -> Iterator[Tensor]:
@@ -28,9 +28,13 @@ def hidden_pieces(ffn: FeedForward, inputs_TD: Tensor) -> Iterator[Tensor]:
 
 def markers(ffn: FeedForward, inputs_TD: Tensor, per_token: int) -> Tensor:
     """The neurons with the largest |h| of every token: int64 (T, K) on the CPU, K at most F."""
-    per_token = min(per_token, ffn.num_neurons)
-    pieces = [piece_PF.abs().topk(per_token, dim=-1).indices.cpu() for piece_PF in hidden_pieces(ffn, inputs_TD)]
-    return torch.cat(pieces)
+    markers_TK = torch.empty(len(inputs_TD), min(per_token, ffn.num_neurons), dtype=torch.int64)
+    start = 0
+    for hidden_PF in hidden_pieces(ffn, inputs_TD):
+        stop = start + len(hidden_PF)
+        markers_TK[start:stop] = hidden_PF.abs().topk(markers_TK.shape[1], dim=-1).indices
+        start = stop
+    return markers_TK
 
 
 def rates(markers_TK: Tensor, num_neurons: int) -> Tensor:

@@ -27,6 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moadapt.errors import DataError
+
 Array: TypeAlias = npt.NDArray[Any]
 
 _TEMPERATURES = 8
@@ -44,40 +46,42 @@ def balanced_assignment(cost_FN: Tensor, capacities: Sequence[int]) -> Tensor:
         int64 (F) on the CPU, the cluster of every point. Deterministic.
 
     Raises:
-        ValueError: the sizes do not sum to F, or a cost is not finite.
+        ValueError: the sizes do not sum to F.
+        DataError: a cost is not finite.
     """
     cost = cost_FN.detach().to(device="cpu", dtype=torch.float64).numpy()
     capacity = np.asarray(capacities, dtype=np.int64)
-    if cost.ndim != 2 or capacity.shape != (cost.shape[1],) or (capacity < 0).any() or capacity.sum() != len(cost):
-        raise ValueError(f"{len(capacity)} clusters of {int(capacity.sum())} points for costs of shape {cost.shape}")
+    if cost.ndim != 2 or capacity.shape != cost.shape[1:] or (capacity < 0).any() or capacity.sum() != len(cost):
+        raise ValueError(f"{len(capacity)} clusters of {capacity.sum()} points for costs of shape {cost.shape}")
     if not np.isfinite(cost).all():
-        raise ValueError("a cost is not finite")
+        raise DataError("split: the weights, or what calibration measured, hold NaN or infinity; look at the model")
     cost = cost - cost.min(axis=1, keepdims=True)
-    scale = float(cost.max())
-    labels = np.argmin(cost + _prices(cost, capacity, scale), axis=1)
-    _repair(cost, labels, capacity, tolerance=1e-12 * scale)
+    labels = np.argmin(cost + _prices(cost, capacity), axis=1)
+    _repair(cost, labels, capacity, tolerance=1e-12 * float(cost.max()))
     return torch.from_numpy(labels)
 
 
-def _prices(cost: Array, capacity: Array, scale: float) -> Array:
-    """Prices (N) under which the cheapest choices nearly have the wanted sizes."""
-    prices = np.zeros(cost.shape[1])
-    if scale == 0.0:
-        return prices
+def _prices(cost: Array, capacity: Array) -> Array:
+    """Prices (N) under which the cheapest choices nearly have the wanted sizes; they need no precision."""
     spread = float(cost.std())
+    prices = np.zeros(cost.shape[1])
+    if spread == 0.0:
+        return prices
+    scaled = (cost / spread).astype(np.float32)
     wanted = np.log(np.maximum(capacity, 1e-3))
     for step in range(_TEMPERATURES):
-        temperature = spread * 0.5 ** (step + 1)
+        temperature = 0.5 ** (step + 1)
         for _ in range(_SWEEPS):
-            logits = -(cost + prices) / temperature
+            logits = scaled + prices.astype(np.float32)
+            logits *= -1.0 / temperature
             logits -= logits.max(axis=1, keepdims=True)
             np.exp(logits, out=logits)
             logits /= logits.sum(axis=1, keepdims=True)
-            change = np.log(np.maximum(logits.sum(axis=0), 1e-3)) - wanted
+            change = np.log(np.maximum(logits.sum(axis=0, dtype=np.float64), 1e-3)) - wanted
             prices += temperature * change
             if np.abs(change).max() < 1e-2:
                 break
-    return prices
+    return prices * spread
 
 
 def _repair(cost: Array, labels: Array, capacity: Array, tolerance: float) -> None:
@@ -94,7 +98,7 @@ def _repair(cost: Array, labels: Array, capacity: Array, tolerance: float) -> No
         for source, target in hops:
             members = np.flatnonzero(labels == source)
             price = cost[members, target] - cost[members, source]
-            movers.append(members[price <= edges[source, target] + tolerance])
+            movers.append(members[price <= edges[source, target]])
         amount = min(excess[path[0]], -excess[path[-1]], *(len(points) for points in movers))
         for points, (_, target) in zip(movers, hops, strict=True):
             labels[points[:amount]] = target

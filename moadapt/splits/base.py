@@ -143,7 +143,8 @@ def required(tensor: Tensor | None, what: str, kind: str, layer: str) -> Tensor:
     """
     if tensor is None or tensor.numel() == 0:
         raise ConfigError(
-            f"expert.split: {kind} needs {what} of {layer} on calibration text, and there is none; give `calibration.path`, "
-            "or choose a split that needs no data: contiguous, random, kmeans (without shared experts)"
+            f"expert.split: {kind} needs {what} of {layer} on calibration text, and there is none; give "
+            "`calibration.path`, or choose a split that needs no data: contiguous, random, kmeans (without shared "
+            "experts)"
         )
     return tensor

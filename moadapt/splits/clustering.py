@@ -20,7 +20,8 @@ from torch import Tensor
 
 from moadapt.splits.balanced import balanced_assignment
 
-_PIECE = 1024
+_PIECE = 256
+_LEAST_GAIN = 1e-5
 
 
 class Points(Protocol):
@@ -50,9 +51,12 @@ class RowPoints:
 
     def __init__(self, rows_FD: Tensor, chosen_G: Tensor | None = None, normalize: bool = False) -> None:
         self._rows_FD = rows_FD.detach()
-        self._chosen_G = None if chosen_G is None else chosen_G.to(rows_FD.device)
         self._count = rows_FD.shape[0] if chosen_G is None else chosen_G.numel()
-        length_G = torch.cat([piece_PD.square().sum(-1) for _, piece_PD in self._pieces()]).sqrt()
+        all_rows = chosen_G is None or torch.equal(chosen_G.cpu(), torch.arange(rows_FD.shape[0]))
+        self._chosen_G = None if all_rows or chosen_G is None else chosen_G.to(rows_FD.device)
+        length_G = torch.empty(self._count, device=rows_FD.device)
+        for taken, piece_PD in self._pieces():
+            length_G[taken] = torch.linalg.vector_norm(piece_PD, dim=-1)
         self._scale_G = length_G.clamp(min=1e-12).reciprocal() if normalize else torch.ones_like(length_G)
         self._squares_G = (length_G * self._scale_G).square()
 
@@ -75,7 +79,9 @@ class RowPoints:
 
     def distances(self, centroids_ND: Tensor) -> Tensor:
         """See `Points`."""
-        products_GN = torch.cat([piece_PD @ centroids_ND.T for _, piece_PD in self._pieces()])
+        products_GN = torch.empty(self._count, len(centroids_ND), device=centroids_ND.device)
+        for taken, piece_PD in self._pieces():
+            products_GN[taken] = piece_PD @ centroids_ND.T
         products_GN.mul_(self._scale_G[:, None])
         return (self._squares_G[:, None] + centroids_ND.square().sum(-1) - 2.0 * products_GN).clamp_(min=0.0)
 
@@ -130,7 +136,8 @@ def balanced_k_means(
     Args:
         points: G points.
         counts: N sizes with sum G.
-        iterations: the most assignments that are made from one start; it stops early when nothing moves.
+        iterations: the most assignments that are made from one start; it stops early when
+            the objective falls by less than 0.001 %.
         restarts: starts from new random points, of which the best result is kept.
         seed: seed of the random points.
         first_N: indices (N) of points that are the first centroids, instead of random ones.
@@ -145,16 +152,14 @@ def balanced_k_means(
     best_G, lowest = torch.zeros(0), math.inf
     for _ in range(restarts):
         start_N = spread_out(points, num_clusters, generator) if first_N is None else first_N
-        centroids_ND, labels_G, objective = points.rows(start_N), None, math.inf
+        centroids_ND, objective = points.rows(start_N), math.inf
         for _ in range(iterations):
             distances_GN = points.distances(centroids_ND).cpu()
-            moved_G = balanced_assignment(distances_GN, counts)
-            objective = float(distances_GN.gather(1, moved_G[:, None]).double().sum())
-            if labels_G is not None and torch.equal(labels_G, moved_G):
+            labels_G = balanced_assignment(distances_GN, counts)
+            before, objective = objective, float(distances_GN.gather(1, labels_G[:, None]).double().sum())
+            if objective < lowest:
+                best_G, lowest = labels_G, objective
+            if objective >= before * (1.0 - _LEAST_GAIN):
                 break
-            labels_G = moved_G
             centroids_ND = points.means(labels_G, num_clusters)
-        assert labels_G is not None
-        if objective < lowest:
-            best_G, lowest = labels_G, objective
     return best_G

@@ -7,9 +7,8 @@ activations, and the graph is cut into equal parts of the largest inner weight. 
 
 so balanced k-means on the profiles p_i (what neuron i does over the tokens) optimises the same cut without the (F, F)
 graph, and without METIS. Profiles over more tokens than `dimensions` are projected at random, which keeps distances up
-to about 1 / sqrt(dimensions); what all neurons share at a token is taken out first, as it changes no distance. Memory
-is one (F, dimensions) matrix. With S shared experts, the neurons with the highest activation rate are shared, as in
-CMoE (2502.04416), and the others are clustered.
+to about 1 / sqrt(dimensions). Memory is one (F, dimensions) matrix. With S shared experts, the neurons with the highest
+activation rate are shared, as in CMoE (2502.04416), and the others are clustered.
 
 Shapes: T tokens, P tokens of one piece, F neurons, R dimensions of the profiles, G the neurons that are not shared.
 """
@@ -37,7 +36,7 @@ class CoactivationSplitConfig(SplitConfig):
             MoEfication; the same thing for ReLU.
         normalize: scale every profile to length 1, so that w_ij is a cosine and strong neurons do not decide alone.
         dimensions: profiles over more tokens are projected to so many dimensions.
-        iterations: the most assignments that are made from one start; it stops early when nothing moves.
+        iterations: the most assignments that are made from one start; it stops early when next to nothing is gained.
         restarts: random starts, of which the best result is kept.
         seed: seed of the projection and of the starts.
         markers_per_token: how many neurons of every token count as active, for the choice of the shared experts.
@@ -82,22 +81,17 @@ class CoactivationSplit(Split):
         return index_lists(shared + clusters(routed_G, labels_G, sizes.num_experts), sizes.width)
 
     def profiles(self, ffn: FeedForward, inputs_TD: Tensor) -> Tensor:
-        """Activity of every neuron over the tokens, projected if need be, less their mean: fp32 (F, R)."""
+        """Activity of every neuron over the tokens, projected if need be: fp32 (F, R)."""
         num_tokens, num_neurons = len(inputs_TD), ffn.num_neurons
         device = ffn.up_FD.device
-        scale_F = torch.ones(num_neurons, device=device)
-        if self.config.normalize:
-            squares_F = torch.zeros(num_neurons, device=device)
-            for hidden_PF in hidden_pieces(ffn, inputs_TD):
-                squares_F += self._activity(hidden_PF).square().sum(0)
-            scale_F = squares_F.sqrt().clamp(min=1e-12).reciprocal()
         dimensions = min(self.config.dimensions, num_tokens)
         generator = torch.Generator().manual_seed(self.config.seed)
         profiles_FR = torch.zeros(num_neurons, dimensions, device=device)
+        squares_F = torch.zeros(num_neurons, device=device)
         start = 0
         for hidden_PF in hidden_pieces(ffn, inputs_TD):
-            activity_PF = self._activity(hidden_PF) * scale_F
-            activity_PF = activity_PF - activity_PF.mean(dim=1, keepdim=True)
+            activity_PF = hidden_PF.abs() if self.config.profile == "magnitude" else hidden_PF.clamp(min=0.0)
+            squares_F += activity_PF.square().sum(0)
             stop = start + len(activity_PF)
             if dimensions == num_tokens:
                 profiles_FR[:, start:stop] = activity_PF.T
@@ -105,7 +99,6 @@ class CoactivationSplit(Split):
                 project_PR = torch.randn(len(activity_PF), dimensions, generator=generator) / dimensions**0.5
                 profiles_FR.addmm_(activity_PF.T, project_PR.to(device))
             start = stop
+        if self.config.normalize:
+            profiles_FR *= squares_F.sqrt().clamp(min=1e-12).reciprocal().unsqueeze(1)
         return profiles_FR
-
-    def _activity(self, hidden_PF: Tensor) -> Tensor:
-        return hidden_PF.abs() if self.config.profile == "magnitude" else hidden_PF.clamp(min=0.0)

@@ -27,7 +27,7 @@ class KMeansSplitConfig(SplitConfig):
         rows: what is clustered: rows of the `gate` projection (of a plain block, which has none, the `up` projection)
             or of the `up` projection.
         normalize: scale every row to length 1 first.
-        iterations: the most assignments that are made from one start; it stops early when nothing moves.
+        iterations: the most assignments that are made from one start; it stops early when next to nothing is gained.
         restarts: random starts, of which the best result is kept.
         seed: seed of the starts.
         markers_per_token: how many neurons of every token count as active, for the choice of the shared experts.
