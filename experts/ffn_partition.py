@@ -2,21 +2,21 @@
 
 The F neurons of the block are dealt out to S shared and N routed experts of M = F / (S + N) neurons each:
 
-    y = sum_s E_s(x) + sum_i w_i E_i(x) + b_down,    E_e(x) = (act(x W_e^T) * (x U_e^T)) V_e    (plain: act(x U_e^T) V_e)
+    y = sum_s E_s(x) + sum_i w_i E_i(x) + b_down,   E_e(x) = (act(x W_e^T) * (x U_e^T)) V_e   (plain: act(x U_e^T) V_e)
 
-w is the routing's: what a router makes of its scores (`combine` and `rescale`) is final here. With all w_i = 1 this is the
-dense block, whatever the partition (its output bias b_down is not routed). The weights are the block's own rows in another
-order. They are frozen, trained, or frozen under a LoRA of their own for every expert,
+w is the routing's: what a router makes of its scores (`combine` and `rescale`) is final here. With all w_i = 1 this is
+the dense block, whatever the partition (its output bias b_down is not routed). The weights are the block's own rows in
+another order. They are frozen, trained, or frozen under a LoRA of their own for every expert,
 
     W_e + s B_e A_e,   s = lora_alpha / r
 
 which folds into the expert and so leaves the checkpoint's form as it is.
 
-Rows are added that are zero, so that every width is a multiple of 8 (what grouped matrix products need); they contribute
-nothing, have no gradient, and are not saved as neurons.
+Rows are added that are zero, so that every width is a multiple of 8 (what grouped matrix products need); they
+contribute nothing, have no gradient, and are not saved as neurons.
 
-Shapes: T tokens, D hidden size, F neurons, S shared and N routed experts, E = S + N, M neurons of one expert, P = 2 M for
-gated blocks (M for plain ones), G = 2 or 1 projections into an expert, R rank.
+Shapes: T tokens, D hidden size, F neurons, S shared and N routed experts, E = S + N, M neurons of one expert, P = 2 M
+for gated blocks (M for plain ones), G = 2 or 1 projections into an expert, R rank.
 """
 
 from __future__ import annotations
@@ -142,8 +142,6 @@ class PartitionBank(ExpertBank):
         bias_EP, bias_D = stacked.in_bias_NP, ffn.down_bias_D
         self.in_bias = None if bias_EP is None else nn.Parameter(bias_EP, requires_grad=config.trainable)
         self.out_bias = None if bias_D is None else nn.Parameter(bias_D.clone(), requires_grad=config.trainable)
-        self._original: StackedExperts | None = None
-        self._original_bias_D: Tensor | None = None
         self._folded: tuple[tuple[int, ...], StackedExperts] | None = None
         if config.lora is not None:
             self._add_lora(config.lora, dtype, padded_EM)
@@ -171,6 +169,7 @@ class PartitionBank(ExpertBank):
             return self._stack(self.in_proj, self.out_proj)
         parameters = (self.in_proj, self.out_proj, self.lora_in_A, self.lora_in_B, self.lora_out_A, self.lora_out_B)
         if torch.is_grad_enabled():
+            self._folded = None  # a training step may follow, whose writes need not show in the versions below
             return self._fold()
         # Between two steps nothing changes, and generation calls this once per token.
         key = tuple(value for p in parameters for value in (p._version, p.data_ptr()))
@@ -184,8 +183,8 @@ class PartitionBank(ExpertBank):
         width, dtype = self.out_proj.shape[1], self.in_proj.dtype
         real_EM1: Any = self._real_EM1
         pairs = zip(torch.split(self.lora_in_B, width, 1), torch.split(self.lora_in_A, lora.r, 1), strict=True)
-        in_delta_EPD = torch.cat([lora.scaling * real_EM1 * (b_EMR @ a_ERD) for b_EMR, a_ERD in pairs], dim=1)
-        out_delta_EMD = lora.scaling * real_EM1 * (self.lora_out_A.transpose(1, 2) @ self.lora_out_B)
+        in_delta_EPD = torch.cat([lora.scaling * (b_EMR @ a_ERD) * real_EM1 for b_EMR, a_ERD in pairs], dim=1)
+        out_delta_EMD = lora.scaling * (self.lora_out_A.transpose(1, 2) @ self.lora_out_B) * real_EM1
         return self._stack(self.in_proj + in_delta_EPD.to(dtype), self.out_proj + out_delta_EMD.to(dtype))
 
     def _stack(self, in_EPD: Tensor, out_EMD: Tensor) -> StackedExperts:
@@ -206,17 +205,18 @@ class PartitionBank(ExpertBank):
             return join(experts, indices_EM, self.num_neurons, None if bias_D is None else bias_D.clone())
 
     def keep_original(self) -> None:
-        """Keep a frozen copy of weights that are about to be trained, for `dense`."""
-        if self.config.trainable and self._original is None:
-            copies = [None if p is None else p.detach().clone() for p in (self.in_proj, self.out_proj, self.in_bias)]
-            assert copies[0] is not None
-            assert copies[1] is not None
-            self._original = StackedExperts(copies[0], copies[1], copies[2], self.act, self.gated, self.dropout)
-            self._original_bias_D = None if self.out_bias is None else self.out_bias.detach().clone()
+        """Keep a frozen copy of weights that are about to be trained, for `dense`; it is not saved."""
+        if self.config.trainable and not hasattr(self, "_original_in_proj"):
+            for name in ("in_proj", "out_proj", "in_bias", "out_bias"):
+                weight = getattr(self, name)
+                copied = None if weight is None else weight.detach().clone()
+                self.register_buffer(f"_original_{name}", copied, persistent=False)
 
     # -- computing ------------------------------------------------------------------------------------------------
 
-    def forward(self, x_TI: Tensor, routing: Routing, base: Tensor | Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x_TI: Tensor, routing: Routing, base: Tensor | Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """(T, D) -> (T, D). The block is replaced, so `base` is not used."""
         self._check_rows(x_TI, routing)
         shared, routed = self.halves()
@@ -225,14 +225,20 @@ class PartitionBank(ExpertBank):
             y_TD = y_TD + self._sum(shared, x_TI).to(y_TD.dtype)
         return y_TD if self.out_bias is None else y_TD + self.out_bias.to(y_TD.dtype)
 
-    def dense(self, x_TD: Tensor) -> Tensor:
+    def dense(self, x_TD: Tensor, *, dropout: bool = True) -> Tensor:
         """What the block made of x before it was split: (T, D). LoRA takes no part.
 
         Weights that were trained since give what they are now, unless `keep_original` was called before.
+
+        Args:
+            x_TD: the block's input.
+            dropout: drop neurons in training, as the block did.
         """
-        original = self._original or self._stack(self.in_proj, self.out_proj)
-        bias_D = self.out_bias if self._original is None else self._original_bias_D
-        y_TD = self._sum(original, x_TD)
+        prefix = "_original_" if hasattr(self, "_original_in_proj") else ""
+        names = ("in_proj", "out_proj", "in_bias", "out_bias")
+        in_EPD, out_EMD, bias_EP, bias_D = (getattr(self, prefix + name) for name in names)
+        rate = self.dropout if dropout else 0.0
+        y_TD = self._sum(StackedExperts(in_EPD, out_EMD, bias_EP, self.act, self.gated, rate), x_TD)
         return y_TD if bias_D is None else y_TD + bias_D.to(y_TD.dtype)
 
     def _sum(self, experts: StackedExperts, x_TD: Tensor) -> Tensor:
@@ -245,10 +251,11 @@ class PartitionBank(ExpertBank):
                 None if bias is None else bias.to(x_TD.dtype),
                 experts.act,
                 experts.gated,
+                experts.dropout,
             )
         hidden_TF = experts.hidden(x_TD).flatten(1)
-        if self.training and self.dropout > 0.0:
-            hidden_TF = nn.functional.dropout(hidden_TF, self.dropout)
+        if self.training and experts.dropout > 0.0:
+            hidden_TF = nn.functional.dropout(hidden_TF, experts.dropout)
         return hidden_TF @ experts.out_NMD.flatten(0, 1).to(hidden_TF.dtype)
 
     # -- the contract of every bank -------------------------------------------------------------------------------

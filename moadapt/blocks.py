@@ -1,7 +1,7 @@
 """Feed-forward blocks of a model: where they are, which of their layers is which, and their weights as plain tensors.
 
-A block is recognised by the names of its linear layers. What it computes is then compared with what this module reads out
-of it, so that a block that does something else is refused and not converted wrongly.
+A block is recognised by the names of its linear layers. What it computes is then compared with what this module reads
+out of it, so that a block that does something else is refused and not converted wrongly.
 
 Shapes: T tokens, D hidden size, F neurons.
 """
@@ -121,10 +121,12 @@ def find_blocks(model: PreTrainedModel, config: MixtureConfig) -> list[Block]:
             `last_k_dense_replace`.
 
     Raises:
-        ConfigError: a mixture of experts already, no block that can be read, or nothing is selected.
+        ConfigError: a mixture of experts already, no block that can be read, nothing is selected, or a block is that
+            holds more than its layout.
     """
     refuse_mixtures(model)
-    found = list(_all_blocks(model))
+    extras = list(_all_blocks(model))
+    found = [block for block, _ in extras]
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no feed-forward block of a known layout. Known: "
@@ -132,7 +134,7 @@ def find_blocks(model: PreTrainedModel, config: MixtureConfig) -> list[Block]:
         )
     wanted = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
     chosen = []
-    for block in found:
+    for block, others in extras:
         names = {block.name, block.owner}
         if config.target_modules != "all-linear" and not any(matches_names(n, config.target_modules) for n in names):
             continue
@@ -143,6 +145,12 @@ def find_blocks(model: PreTrainedModel, config: MixtureConfig) -> list[Block]:
         first, last = (getattr(config.expert, f"{side}_k_dense_replace", 0) for side in ("first", "last"))
         if (wanted is not None and layer not in wanted) or layer < first or layer >= count - last:
             continue
+        if others:
+            raise ConfigError(
+                f"{block.owner} ({type(model.get_submodule(block.owner)).__name__}) has the layers "
+                f"{', '.join(block.layout.linears)} of a feed-forward block beside {', '.join(others)}; such a block "
+                "cannot be split here. Leave it out with exclude_modules"
+            )
         chosen.append(block)
     missing = sorted(set(wanted or []) - {block.site.layer for block in found})
     if missing:
@@ -170,7 +178,8 @@ def refuse_mixtures(model: nn.Module) -> None:
             )
 
 
-def _all_blocks(model: PreTrainedModel) -> Iterator[Block]:
+def _all_blocks(model: PreTrainedModel) -> Iterator[tuple[Block, list[str]]]:
+    """Blocks, and names of what they hold that is not in their layout: of these nobody knows what they compute."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         children = dict(module.named_children())
@@ -179,17 +188,12 @@ def _all_blocks(model: PreTrainedModel) -> Iterator[Block]:
             continue
         allowed = {*layout.linears, layout.act, layout.dropout}
         inline = type(module).__name__ in _INLINE
-        others = [child for child in children if child not in allowed]
-        if others and not inline:
-            raise ConfigError(
-                f"{name} ({type(module).__name__}) has the layers {', '.join(layout.linears)} of a feed-forward block "
-                f"beside {', '.join(others)}; such a block cannot be split here. Leave it out with exclude_modules"
-            )
+        others = [] if inline else [child for child in children if child not in allowed]
         site = site_of(f"{name}.{layout.up}" if inline else name, modules)
         if site.layer is None:
             continue
         stream: Stream = "encoder" if "encoder" in name.split(".") else "decoder"
-        yield Block(site, name, layout, inline, stream)
+        yield Block(site, name, layout, inline, stream), others
 
 
 def _fits(layout: Layout, children: dict[str, nn.Module]) -> bool:
@@ -200,10 +204,16 @@ def read_block(model: nn.Module, block: Block) -> FeedForward:
     """The block's weights, one row per neuron; views of the model's own where the layout allows it.
 
     Raises:
-        ConfigError: quantised weights.
+        ConfigError: quantised weights, or weights in several dtypes.
     """
     layout = block.layout
     weights = {name: _rows(f"{block.owner}.{name}", block.part(model, name)) for name in layout.linears}
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight, _ in weights.values()})
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"{block.name} has weights in {' and '.join(dtypes)} (T5 keeps some of them in fp32 when it is loaded in "
+            "fp16); load the model in one dtype, as dtype: bfloat16 or float32, to split it"
+        )
     up_FD, up_bias_F = weights[layout.up]
     down_DF, down_bias_D = weights[layout.down]
     gate_FD, gate_bias_F = weights[layout.gate] if layout.gate is not None else (None, None)

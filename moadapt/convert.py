@@ -6,7 +6,7 @@ goes through the model a few blocks at a time, so that what is recorded stays wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,7 @@ def convert_ffn_to_experts(
         raise ConfigError(f"expert.kind: {config.expert.kind} adapts linear layers; a conversion needs ffn_partition")
     check_config(config)
     planned = plan_blocks(model, config)
-    inputs, gradients = _needs(config, planned)
-    if (inputs or gradients) and not calibration:
-        what = "split" if any(any(_split_needs(item)) for item in planned) else "router"
-        kind = config.expert.split.kind if what == "split" else config.router.kind
-        raise ConfigError(
-            f"{'expert.split' if what == 'split' else 'router'}: {kind} needs calibration text; give calibration.path "
-            f"(in Python: calibration=batches), or choose a {what} that needs none"
-        )
+    inputs, gradients = calibration_needs(config, planned, given=bool(calibration))
     groups = _groups(planned, calibration_tokens, calibration_memory, inputs, gradients)
     total = len(planned)
     indices: dict[str, Tensor] = {}
@@ -99,33 +92,59 @@ def convert_ffn_to_experts(
     return mixture
 
 
+def calibration_needs(config: MixtureConfig, planned: Sequence[PlannedBlock], *, given: bool) -> tuple[bool, bool]:
+    """Whether splits and routers read the blocks' inputs, and gradients, on calibration text.
+
+    Args:
+        config: the mixture.
+        planned: the blocks.
+        given: whether there is calibration text.
+
+    Raises:
+        ConfigError: there is none, and it is needed.
+    """
+    needs = [_split_needs(item) for item in planned]
+    router = ROUTERS.get(config.router.kind).cls.needs_inputs(config.router)
+    inputs, gradients = router or any(inputs for inputs, _ in needs), any(gradients for _, gradients in needs)
+    if (inputs or gradients) and not given:
+        what = "split" if any(any(item) for item in needs) else "router"
+        kind = planned[0].expert.split.kind if what == "split" else config.router.kind
+        raise ConfigError(
+            f"{'expert.split' if what == 'split' else 'router'}: {kind} needs calibration text; give calibration.path "
+            f"(in Python: calibration=batches), or choose a {what} that needs none"
+        )
+    return inputs, gradients
+
+
 def conversion_config(options: dict[str, Any] | None) -> MixtureConfig:
     """A config for a conversion: what is not said is as in `DEFAULT_CONVERSION`.
 
     Raises:
         ConfigError: lists every problem.
     """
+    return parse_mixture_config(conversion_options(options), "mixture")
+
+
+def conversion_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The same as plain options, not checked yet."""
     given = dict(options or {})
     if given.get("preset") is None:
-        if isinstance(given.get("expert"), dict):
-            given["expert"] = {"kind": "ffn_partition", **given["expert"]}
-        router = given.get("router")
+        expert, router = given.get("expert"), given.get("router")
+        if isinstance(expert, dict):
+            given["expert"] = {"kind": "ffn_partition", **expert}
         if isinstance(router, dict) and router.get("kind", "top_k") == "top_k":
-            given["router"] = DEFAULT_CONVERSION["router"] | router
+            defaults = dict(DEFAULT_CONVERSION["router"])
+            if "norm_topk_prob" in router:
+                defaults.pop("combine")  # which this option stands for
+            given["router"] = defaults | router
         given = DEFAULT_CONVERSION | given
-    return parse_mixture_config(given, "mixture")
+    return given
 
 
 def _split_needs(item: PlannedBlock) -> tuple[bool, bool]:
     """(inputs, gradients) that the split reads."""
     split: Split = SPLITS.build(item.expert.split)
     return split.needs_inputs(item.sizes.num_shared), split.needs_gradients()
-
-
-def _needs(config: MixtureConfig, planned: Iterable[PlannedBlock]) -> tuple[bool, bool]:
-    needs = [_split_needs(item) for item in planned]
-    router = ROUTERS.get(config.router.kind).cls.needs_inputs(config.router)
-    return router or any(inputs for inputs, _ in needs), any(gradients for _, gradients in needs)
 
 
 def _groups(

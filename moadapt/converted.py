@@ -1,8 +1,8 @@
 """A converted model on disk: the dense base model, whole, with the routed experts' part of it beside.
 
-The folder is a checkpoint of the base architecture (any loader of transformers reads it, and gets the ungated sum of all
-experts, which is the dense model), and holds `mixture_config.json` and `mixture.safetensors`: the routers, which neurons
-form which expert, and LoRA where there is one. `MixtureModel.from_pretrained(None, folder)` puts both together.
+The folder is a checkpoint of the base architecture (any loader of transformers reads it, and gets the ungated sum of
+all experts, which is the dense model), and holds `mixture_config.json` and `mixture.safetensors`: the routers, which
+neurons form which expert, and LoRA where there is one. `MixtureModel.from_pretrained(None, folder)` puts both together.
 """
 
 from __future__ import annotations
@@ -28,9 +28,17 @@ def dense_state_dict(model: MixtureModel) -> dict[str, Tensor]:
     Raises:
         AdapterError: the model is not a converted one.
     """
-    injection = model.injection
-    if not injection.replacements:
+    if not model.injection.replacements:
         raise AdapterError("this mixture adapts linear layers; only a converted model holds its base model's blocks")
+    tensors = tensors_outside_experts(model)
+    for item in model.injection.replacements:
+        tensors |= item.dense_state()
+    return tensors
+
+
+def tensors_outside_experts(model: MixtureModel) -> dict[str, Tensor]:
+    """The base model's tensors under its own names, without those of the blocks whose place experts have taken."""
+    injection = model.injection
     inside = tuple(f"{name}." for name in injection.layers)
     shells = {name for item in injection.replacements for name in item.dense_names()}
     tensors = {
@@ -44,8 +52,6 @@ def dense_state_dict(model: MixtureModel) -> dict[str, Tensor]:
             for key, tensor in tensors.items()
             if not key.startswith(f"{name}.original_module.")
         }
-    for item in injection.replacements:
-        tensors |= item.dense_state()
     return tensors
 
 
@@ -91,4 +97,3 @@ def is_converted(folder: str | Path) -> bool:
     except (ValueError, KeyError, TypeError):
         return False  # whoever reads it next says what is wrong with it
     return isinstance(expert, dict) and expert.get("kind") == "ffn_partition"
-

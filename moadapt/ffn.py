@@ -3,10 +3,11 @@
     y = act(x W_gate^T + b_gate) * (x W_up^T + b_up) W_down + b_down        gated (SwiGLU, GeGLU)
     y = act(x W_up^T + b_up) W_down + b_down                                plain
 
-Splits, routers and the partition experts work on these, whatever the model calls its layers. A neuron is one row of each
-matrix; the block is the sum over its neurons, so any partition of them into experts sums to the block.
+Splits, routers and the partition experts work on these, whatever the model calls its layers. A neuron is one row of
+each matrix; the block is the sum over its neurons, so any partition of them into experts sums to the block.
 
-Shapes: T tokens, D hidden size, F neurons, N experts, M neurons of one expert, P = 2 M rows of gated experts (M of plain).
+Shapes: T tokens, D hidden size, F neurons, N experts, M neurons of one expert, P = 2 M rows of gated experts (M of
+plain).
 """
 
 from __future__ import annotations

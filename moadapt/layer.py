@@ -158,7 +158,7 @@ class PartitionLayer(nn.Module):
         """(..., D) -> (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         if self.switch.enabled:
-            y_TD = self.experts(x_TD, self.router(x))
+            y_TD: Tensor = self.experts(x_TD, self.router(x))
             context = current_context()
             if context.wants_reconstruction:
                 context.add_output(self.router.name, "reconstruction", self._reconstruction(x_TD, y_TD))
@@ -171,7 +171,7 @@ class PartitionLayer(nn.Module):
     def _reconstruction(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """||y - dense(x)||² / ||dense(x)||² of every token, in fp32 or fp64: (T,). The dense block is the teacher."""
         with torch.no_grad():
-            want_TD = self.experts.dense(x_TD.detach())
+            want_TD = self.experts.dense(x_TD.detach(), dropout=False)
         dtype = torch.promote_types(y_TD.dtype, torch.float32)
         want_TD = want_TD.to(dtype)
         error_T: Tensor = (y_TD.to(dtype) - want_TD).square().sum(-1)

@@ -167,9 +167,9 @@ class MixtureModel(nn.Module):
         """
         if any(parameter.requires_grad for parameter in self._adapter.values()):
             raise ConfigError(
-                f"router.combine: nothing that is trained has an influence on the loss: the {self.mixture_config.router.kind} "
-                "router's gates have no gradient and the experts are frozen. Set expert.trainable: true or expert.lora, "
-                "or choose gates with a gradient (router.combine: softmax_renorm)"
+                "router.combine: nothing that is trained has an influence on the loss: the gates of the "
+                f"{self.mixture_config.router.kind} router have no gradient and the experts are frozen. Set "
+                "expert.trainable: true or expert.lora, or choose gates with a gradient (combine: softmax_renorm)"
             )
 
     def _check_checkpointing(self) -> None:

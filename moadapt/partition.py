@@ -20,7 +20,7 @@ from moadapt.per_layer import value_at
 from moadapt.registry import EXPERTS, ROUTERS, SPLITS
 from moadapt.routers.base import RouterSample
 from moadapt.routing import AdapterSwitch
-from moadapt.splits.base import BlockSample, Sizes, Split
+from moadapt.splits.base import BlockSample, Sizes, Split, index_lists, slices
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def plan_blocks(model: PreTrainedModel, config: MixtureConfig) -> list[PlannedBl
         if neurons % total and not expert.padding:
             divisors = [n for n in range(1, min(neurons, 4 * total) + 1) if neurons % n == 0]
             raise ConfigError(
-                f"num_experts: {total} experts (routed and shared) do not divide the {neurons} neurons of {block.name}. "
-                f"Numbers that do: {', '.join(map(str, divisors))}; or set expert.padding: true, which gives some "
-                "experts one neuron less"
+                f"num_experts: {total} experts (routed and shared) do not divide the {neurons} neurons of "
+                f"{block.name}. Numbers that do: {', '.join(map(str, divisors))}; or set expert.padding: true, which "
+                "gives some experts one neuron less"
             )
         check_padding(expert, ffn, -(-neurons // total))
         planned.append(PlannedBlock(block, ffn, expert, Sizes(expert.num_shared_experts, num_experts, neurons)))
@@ -93,11 +93,14 @@ def split_without_samples(planned: PlannedBlock) -> Tensor:
             "calibration.path (in Python convert_ffn_to_experts with calibration), or another split"
         )
     if planned.ffn.up_FD.is_meta:  # only sizes are wanted
-        flat_F = torch.arange(planned.sizes.num_neurons)
-        total = planned.sizes.num_shared + planned.sizes.num_experts
-        padded = nn.functional.pad(flat_F, (0, total * planned.sizes.width - len(flat_F)), value=-1)
-        return padded.view(total, -1)
+        return placeholder_indices(planned.sizes)
     return split.assign(planned.ffn, planned.sizes, BlockSample(), planned.block.name)
+
+
+def placeholder_indices(sizes: Sizes) -> Tensor:
+    """Index lists of the right sizes for a model without weights."""
+    experts = sizes.num_shared + sizes.num_experts
+    return index_lists(slices(torch.arange(sizes.num_neurons), sizes.counts), -(-sizes.num_neurons // experts))
 
 
 def build_router(config: MixtureConfig, planned: PlannedBlock) -> RouterSite:
@@ -157,7 +160,7 @@ class Replacement:
         block = planned.block
         self.block, self.layer = block, layer
         self.linears = block.linears(model)
-        self.dtype, self.device = planned.ffn.up_FD.dtype, planned.ffn.up_FD.device
+        self.dtype = planned.ffn.up_FD.dtype
         self.shells = {block.name: model.get_submodule(block.name)}
         if block.inline:
             layout = block.layout
@@ -175,15 +178,18 @@ class Replacement:
     def dense_state(self) -> dict[str, Tensor]:
         """The dense block's tensors under their names in the base model, as the experts are now, without LoRA."""
         transposed = any(isinstance(module, Conv1D) for module in self.linears.values())
-        tensors = write_block(self.layer.experts.feed_forward(), self.block.layout, transposed)
-        return {f"{self.block.owner}.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
+        ffn = self.layer.experts.feed_forward()
+        # Weights in training may be wider than the block was; frozen ones have the dtype that the model has now.
+        dtype = self.dtype if self.layer.experts.config.trainable else ffn.up_FD.dtype
+        tensors = write_block(ffn, self.block.layout, transposed)
+        return {f"{self.block.owner}.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
 
     def undo(self, model: nn.Module) -> None:
         """Put the dense block back, with the weights that the experts have now."""
         tensors = self.dense_state()
         for name, module in self.linears.items():
             for kind, parameter in module.named_parameters():
-                parameter.data = tensors[f"{name}.{kind}"].to(self.device)
+                parameter.data = tensors[f"{name}.{kind}"]
         for name, module in self.shells.items():
             model.set_submodule(name, module)
 
