@@ -4,12 +4,14 @@
     python benchmarks/ffn_speed.py --dtype bf16 --experts 4
     python benchmarks/ffn_speed.py --bodies all --tokens 1 2 4  # every way of computing it, not only the chosen one
 
-The peer is the gated block as models have it: three linear layers, 1024 -> 2816 -> 1024. Every token selects half of the
-experts at random, anew in every round; gates and selection are given, so the cost of a router is left out, and what
-it takes to turn the selection into lists of tokens is in. Training is forward + backward with gradients to the input, the gates
-and all weights, with gates' gradients for active experts only (`train`) and for all (`train, straight-through`).
+The peer is the gated block as models have it: three linear layers, 1024 -> 2816 -> 1024. Every token selects half of
+the experts at random, anew in every round. Gates and selection are given: what a router costs is left out, what it
+takes to turn the selection into lists of tokens is in. Training is forward + backward with gradients to the input, the
+gates and all weights; gates have a gradient where experts are active (`train`) or everywhere (`train,
+straight-through`).
 
-All variants run in every round, in a new order each; CPU time of one thread, wall time of several. The table shows
+All variants run in every round, in a new order each, each after 64 MB were written, so that weights come from memory as
+in a model of many layers; CPU time of one thread, wall time of several. The table shows
 medians as ratios to the dense block, which runs twice: the difference of these two is the noise. Set
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296 to keep the allocator out.
 """
@@ -29,7 +31,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moadapt.experts.partition_blocks import BODIES
-from moadapt.experts.partition_compute import choose_body, mix_experts
+from moadapt.experts.partition_compute import mix_experts
+from moadapt.experts.partition_dispatch import choose_body
 from moadapt.ffn import FeedForward, StackedExperts
 from moadapt.routing import Routing
 
@@ -77,8 +80,12 @@ def make_routing(tokens: int, experts: int, active: int, straight_through: bool,
     return Routing(weights_TN, selected_TN, weights_TN, weights_TN, straight_through=straight_through)
 
 
+CACHES = torch.empty(16 * 1024 * 1024)
+
+
 def timed(step: Callable[[], Tensor], grad_TD: Tensor | None) -> float:
-    """CPU seconds (wall seconds with several threads) of one forward, and of the backward pass if there is a gradient."""
+    """CPU seconds (wall seconds with several threads) of a forward pass, and of a backward pass if given a gradient."""
+    CACHES.fill_(0.0)
     clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
     start = clock()
     y_TD = step()

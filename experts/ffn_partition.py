@@ -215,9 +215,19 @@ class PartitionBank(ExpertBank):
     # -- computing ------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x_TI: Tensor, routing: Routing, base: Tensor | Callable[[Tensor], Tensor] | None = None
+        self,
+        x_TI: Tensor,
+        routing: Routing | None,
+        base: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        dropout: bool = True,
     ) -> Tensor:
-        """(T, D) -> (T, D). The block is replaced, so `base` is not used."""
+        """(T, D) -> (T, D). The block is replaced, so `base` is not used. Without a routing: `dense(x, dropout)`.
+
+        Both are one call of the module, since ZeRO-3 lends it its weights for that long.
+        """
+        if routing is None:
+            return self.dense(x_TI, dropout=dropout)
         self._check_rows(x_TI, routing)
         shared, routed = self.halves()
         y_TD = mix_experts(x_TI, routing, routed, training=self.training)

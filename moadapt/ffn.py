@@ -102,12 +102,6 @@ class FeedForward:
             down_bias_D=None,
         )
 
-    def to(self, *args: object) -> FeedForward:
-        """A copy on another device or in another dtype, as `Tensor.to`."""
-        names = ("up_FD", "down_FD", "gate_FD", "up_bias_F", "gate_bias_F", "down_bias_D")
-        moved = {name: None if getattr(self, name) is None else getattr(self, name).to(*args) for name in names}
-        return replace(self, **moved)
-
 
 @dataclass(frozen=True)
 class StackedExperts:

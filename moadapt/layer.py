@@ -163,7 +163,7 @@ class PartitionLayer(nn.Module):
             if context.wants_reconstruction:
                 context.add_output(self.router.name, "reconstruction", self._reconstruction(x_TD, y_TD))
         else:
-            y_TD = self.experts.dense(x_TD)
+            y_TD = self.experts(x_TD, None)
         if self.training and self.output_dropout > 0.0:
             y_TD = nn.functional.dropout(y_TD, self.output_dropout)
         return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
@@ -171,7 +171,7 @@ class PartitionLayer(nn.Module):
     def _reconstruction(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """||y - dense(x)||² / ||dense(x)||² of every token, in fp32 or fp64: (T,). The dense block is the teacher."""
         with torch.no_grad():
-            want_TD = self.experts.dense(x_TD.detach(), dropout=False)
+            want_TD = self.experts(x_TD.detach(), None, dropout=False)
         dtype = torch.promote_types(y_TD.dtype, torch.float32)
         want_TD = want_TD.to(dtype)
         error_T: Tensor = (y_TD.to(dtype) - want_TD).square().sum(-1)

@@ -164,7 +164,7 @@ def test_loading_without_the_plugin_says_what_is_missing(tmp_path: Path) -> None
         del table._kinds[name]
     with pytest.raises(AdapterError) as caught:
         MixtureModel.from_pretrained(base_model(), tmp_path)
-    for part in ("test_scale", "test_by_norm", "test_first_expert", "Valid kinds: lora, malora"):
+    for part in ("test_scale", "test_by_norm", "test_first_expert", "Valid kinds: ffn_partition, lora, malora"):
         assert part in str(caught.value)
 
 
