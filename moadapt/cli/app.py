@@ -65,11 +65,14 @@ def _help(command: Callable[..., Any]) -> str:
 
 
 def _register() -> None:
+    from moadapt.cli.convert import convert
     from moadapt.cli.evaluate import evaluate
+    from moadapt.cli.export import export
     from moadapt.cli.generate import generate
     from moadapt.cli.listing import config_schema, list_kinds
     from moadapt.cli.merge import merge
     from moadapt.cli.params import params
+    from moadapt.cli.sweep import sweep
     from moadapt.cli.train import train
 
     app.callback(help=_help(moadapt))(moadapt)
@@ -78,6 +81,9 @@ def _register() -> None:
         "eval": evaluate,
         "generate": generate,
         "merge": merge,
+        "convert": convert,
+        "sweep": sweep,
+        "export": export,
         "params": params,
         "list": list_kinds,
         "config-schema": config_schema,
