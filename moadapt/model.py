@@ -526,6 +526,9 @@ class MixtureModel(nn.Module):
         if changes or saved.get("holds_experts"):
             # Experts that are trained from now on, and those that the base model in the folder holds.
             optional = {name for name in mixture._adapter if ".experts." in name}
+        if changes:  # states of losses that are left out now
+            states = mixture.loss_states()
+            tensors = {k: tensor for k, tensor in tensors.items() if not k.startswith("losses.") or k in states}
         try:
             mixture.load_adapter_state_dict(tensors, f"{adapter}/{WEIGHTS_FILE}", optional)
         except AdapterError:

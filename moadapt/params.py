@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moadapt.layer import MixtureLayer, RouterSite, TrainableCopy
+from moadapt.layer import MixtureLayer, PartitionLayer, RouterSite, TrainableCopy
 
 if TYPE_CHECKING:
     from moadapt.model import MixtureModel
@@ -26,7 +26,8 @@ class ParameterRow:
         modules: how many modules.
         frozen: parameters of the base model, and of routers with nothing to choose.
         trainable: parameters that are trained.
-        active: parameters, frozen ones included, that one token uses: of the experts the K that are selected.
+        active: parameters, frozen ones included, that one token uses: of the experts the K that are selected, or all
+            where the router keeps as many as it likes.
         total: frozen and trainable.
     """
 
@@ -52,15 +53,19 @@ class ParameterCounts:
 
     Attributes:
         rows: adapted kinds in the order of the model, then `modules_to_save`, routers, and what is not adapted.
-        total: the sum of the rows; `trainable` and `total` are those of `get_nb_trainable_parameters`.
+        total: the sum of the rows; `trainable` and `total` are those of `get_nb_trainable_parameters`, without the
+            zero rows that fill up the width of experts cut from a block.
+        active_is_bound: a router keeps as many experts as it likes, so `active` is the most that a token can use.
     """
 
     rows: list[ParameterRow]
     total: ParameterRow
+    active_is_bound: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"modules": [asdict(row) for row in self.rows], "total": asdict(self.total)}
+        rows = [asdict(row) for row in self.rows]
+        return {"modules": rows, "total": asdict(self.total), "active_is_bound": self.active_is_bound}
 
 
 def count_parameters(model: MixtureModel) -> ParameterCounts:
@@ -74,9 +79,15 @@ def count_parameters(model: MixtureModel) -> ParameterCounts:
     for name, layer in model.injection.layers.items():
         kind = name.rsplit(".", 1)[-1]
         row = rows.setdefault(kind, ParameterRow(kind))
-        frozen = _size(layer.base_layer.parameters(), counted)
-        trainable = _size(layer.experts.parameters(), counted)
-        row.add(frozen, trainable, layer.experts.num_active_params(_num_selected(model, layer)))
+        selected = _num_selected(model, layer)
+        if isinstance(layer, PartitionLayer):
+            frozen, trainable, active = _partition(layer, selected)
+            counted.update(id(parameter) for parameter in layer.experts.parameters())
+            row.add(frozen, trainable, active - frozen)
+        else:
+            frozen = _size(layer.base_layer.parameters(), counted)
+            trainable = _size(layer.experts.parameters(), counted)
+            row.add(frozen, trainable, layer.experts.num_active_params(selected))
     others = ParameterRow(OTHERS_ROW)
     for module in _other_modules(model):
         size = _size(module.parameters(recurse=False), counted)
@@ -98,7 +109,8 @@ def count_parameters(model: MixtureModel) -> ParameterCounts:
     for row in rows.values():
         for field in ("modules", "frozen", "trainable", "active", "total"):
             setattr(total, field, getattr(total, field) + getattr(row, field))
-    return ParameterCounts([row for row in rows.values() if row.modules], total)
+    bound = any(not _is_fixed(site) for site in model.injection.routers.values())
+    return ParameterCounts([row for row in rows.values() if row.modules], total, bound)
 
 
 def _size(parameters: Iterable[nn.Parameter], counted: set[int]) -> int:
@@ -111,19 +123,36 @@ def _size(parameters: Iterable[nn.Parameter], counted: set[int]) -> int:
     return size
 
 
-def _num_selected(model: MixtureModel, layer: MixtureLayer) -> int:
-    """K at this layer: what its router selects for each token."""
+def _partition(layer: PartitionLayer, num_selected: int) -> tuple[int, int, int]:
+    """(frozen, trainable, active) parameters of the experts of a block."""
+    experts = layer.experts
+    total = experts.num_params()
+    if experts.config.trainable:
+        trainable = total
+    else:
+        trainable = sum(parameter.numel() for parameter in experts.parameters() if parameter.requires_grad)
+    return total - trainable, trainable, experts.num_active_params(num_selected)
+
+
+def _num_selected(model: MixtureModel, layer: MixtureLayer | PartitionLayer) -> int:
+    """K at this layer: what its router selects for each token, at most."""
     site: RouterSite = model.injection.routers[layer.ruled_by]
     if site.router.selects_all:
         return layer.experts.num_experts
-    return int(getattr(site.router, "num_experts_per_tok", layer.experts.num_experts))
+    return int(getattr(site.router, "num_experts_per_tok", None) or layer.experts.num_experts)
+
+
+def _is_fixed(site: RouterSite) -> bool:
+    """Whether the router selects the same number of experts for every token."""
+    router = site.router
+    return router.selects_all or (hasattr(router, "num_experts_per_tok") and not hasattr(router, "threshold"))
 
 
 def _other_modules(model: MixtureModel) -> Iterator[nn.Module]:
     """The modules of the base model outside of mixture layers, routers and `modules_to_save`."""
     inside: set[int] = set()
     for module in model.base_model.modules():
-        if id(module) in inside or isinstance(module, (MixtureLayer, RouterSite, TrainableCopy)):
+        if id(module) in inside or isinstance(module, (MixtureLayer, PartitionLayer, RouterSite, TrainableCopy)):
             inside.update(id(part) for part in module.modules())
         else:
             yield module

@@ -191,7 +191,7 @@ class Replacement:
             for kind, parameter in module.named_parameters():
                 parameter.data = tensors[f"{name}.{kind}"]
         for name, module in self.shells.items():
-            model.set_submodule(name, module)
+            model.set_submodule(name, module.train(self.layer.training))
 
 
 def choose_indices(planned: list[PlannedBlock], given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Base models and tokenizers as a run's config names them, and base models without weights."""
+"""Base models, tokenizers and mixtures as a run's config names them, with weights and without."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from moadapt.errors import ConfigError, MoadaptError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moadapt.model import MixtureModel
     from moadapt.run_config import RunConfig
 
 _LOADING_ERRORS = (OSError, ValueError, ImportError)
@@ -20,7 +21,8 @@ def load_base(config: RunConfig, *, for_training: bool = False) -> PreTrainedMod
 
     Args:
         config: names the model and how to load it.
-        for_training: with ZeRO-3, spread the weights over the processes as they are read.
+        for_training: with ZeRO-3, spread the weights over the processes as they are read; blocks that are cut into
+            experts must be whole for that, and DeepSpeed spreads them later.
 
     Raises:
         ConfigError: it cannot be loaded as asked; names the option.
@@ -30,7 +32,7 @@ def load_base(config: RunConfig, *, for_training: bool = False) -> PreTrainedMod
     options = _loading_options(config)
     model_config, auto = _model_config(config)
     hidden_size = int(model_config.get_text_config().hidden_size)
-    deepspeed = config.deepspeed if for_training else None
+    deepspeed = config.deepspeed if for_training and not _replaces_blocks(config) else None
     try:
         with partitioned_loading(deepspeed, config.training, hidden_size):
             model: PreTrainedModel = auto.from_pretrained(_name(config), **_source(config), **options)
@@ -58,6 +60,57 @@ def empty_base(config: RunConfig) -> PreTrainedModel:
     return model
 
 
+def load_mixture(config: RunConfig) -> MixtureModel:
+    """The mixture to train, on its base model: a new one, or where `model_name_or_path` holds one, that.
+
+    Raises:
+        ConfigError: the base model cannot be loaded, or the mixture does not fit it.
+        AdapterError: what is saved in the folder does not fit the base model or the mixture.
+    """
+    from moadapt.model import MixtureModel, get_mixture_model
+    from moadapt.saving import read_adapter_config
+
+    assert config.mixture is not None
+    base = load_base(config, for_training=True)
+    if config.adapter is None:
+        return get_mixture_model(base, config.mixture)
+    saved, _ = read_adapter_config(config.adapter)
+    changes = None if config.mixture == saved else config.mixture.model_dump(mode="json")
+    return MixtureModel.from_pretrained(base, config.adapter, is_trainable=True, changes=changes)
+
+
+def empty_mixture(config: RunConfig, *, as_converted: bool = False) -> MixtureModel:
+    """The same without weights, on the meta device.
+
+    Args:
+        config: names the base model and the mixture.
+        as_converted: leave out what only a conversion with calibration text can do; the sizes are the same.
+
+    Raises:
+        ConfigError: the mixture does not fit the base model.
+    """
+    from moadapt.model import MixtureModel
+    from moadapt.partition import check_config, placeholder_indices, plan_blocks
+    from moadapt.saving import INDICES, read_tensors
+
+    assert config.mixture is not None
+    base, lists = empty_base(config), None
+    if config.adapter is not None:
+        tensors = read_tensors(config.adapter)
+        lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
+    elif as_converted and _replaces_blocks(config):
+        check_config(config.mixture)
+        lists = {item.block.name: placeholder_indices(item.sizes) for item in plan_blocks(base, config.mixture)}
+    return MixtureModel(base, config.mixture, lists or None)
+
+
+def _replaces_blocks(config: RunConfig) -> bool:
+    """Whether the mixture's experts are cut from the base model's feed-forward blocks."""
+    from moadapt.registry import EXPERTS
+
+    return config.mixture is not None and bool(EXPERTS.get(config.mixture.expert.kind).cls.replaces_block)
+
+
 def load_tokenizer(config: RunConfig) -> Any:
     """The base model's tokenizer.
 
@@ -73,9 +126,17 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 
 def _name(config: RunConfig) -> str:
+    """The base model: that of a mixture, where `model_name_or_path` is a mixture's folder."""
     if config.model_name_or_path is None:
         raise ConfigError("model_name_or_path: missing; give a hub id or a local folder")
-    return config.model_name_or_path
+    if config.adapter is None:
+        return config.model_name_or_path
+    from moadapt.saving import read_adapter_config
+
+    _, identity = read_adapter_config(config.adapter)
+    if not identity.get("name_or_path"):
+        raise ConfigError(f"model_name_or_path: {config.adapter} does not name its base model, so it cannot be loaded")
+    return str(identity["name_or_path"])
 
 
 def _source(config: RunConfig) -> dict[str, Any]:

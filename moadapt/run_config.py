@@ -21,12 +21,16 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from moadapt.config import MixtureConfig
+from moadapt.convert import conversion_options
 from moadapt.errors import ConfigError
 from moadapt.overrides import apply_overrides
 from moadapt.presets import merge_preset
 from moadapt.registry import Config, _as_details, closest, config_error, load_plugins
+from moadapt.saving import CONFIG_FILE as ADAPTER_FILE
+from moadapt.saving import changed_mixture, read_adapter_config
 from moadapt.train.data_config import DataConfig
 from moadapt.train.deepspeed_config import read_deepspeed, zero_stage
+from moadapt.train.text import CalibrationConfig
 from moadapt.train.training_config import TrainingConfig
 
 CONFIG_FILE = "config.yaml"
@@ -37,7 +41,8 @@ class RunConfig(Config):
     """Everything that a command needs to know.
 
     Attributes:
-        model_name_or_path: the base model: a hub id or a local folder.
+        model_name_or_path: the base model: a hub id or a local folder. Also the folder of a converted model or of an
+            adapter, which `train` then goes on with; `mixture` holds what shall be different from there on.
         revision: branch, tag or commit of the base model on the hub.
         trust_remote_code: run the code that comes with the base model.
         dtype: of the frozen base weights; `auto` takes the checkpoint's. Adapter weights are fp32.
@@ -47,6 +52,7 @@ class RunConfig(Config):
         mixture: the mixture of adapters.
         compare: further mixtures by name, trained after `mixture` on the same data with the same training options. An
             entry that names a `preset` starts from it, any other from `mixture`; what it says itself wins.
+        calibration: text that `convert` reads while it splits.
         data: the tasks.
         training: training options, under the names of `transformers.TrainingArguments`.
         deepspeed: `zero0` to `zero3`, the path of a DeepSpeed JSON file or its contents; null trains in one process.
@@ -62,6 +68,7 @@ class RunConfig(Config):
     load_in_8bit: bool = False
     mixture: MixtureConfig | None = None
     compare: dict[str, MixtureConfig] = Field(default_factory=dict)
+    calibration: CalibrationConfig | None = None
     data: DataConfig | None = None
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     deepspeed: str | dict[str, Any] | None = None
@@ -136,6 +143,12 @@ class RunConfig(Config):
         return self.load_in_4bit or self.load_in_8bit
 
     @property
+    def adapter(self) -> str | None:
+        """`model_name_or_path` where that is a folder with a saved mixture, which training goes on with; else None."""
+        name = self.model_name_or_path
+        return name if name is not None and (Path(name) / ADAPTER_FILE).is_file() else None
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
         return 0 if self.deepspeed is None else zero_stage(read_deepspeed(self.deepspeed))
@@ -182,21 +195,33 @@ def _escaped(value: Any) -> Any:
 
 def _found(text: str, info: ValidationInfo) -> str:
     """The path where it exists, else the text as it is (a hub id, or a name)."""
-    folder = (info.context or {}).get("folder")
+    found = _local(text, (info.context or {}).get("folder"))
+    return text if found is None else str(found)
+
+
+def _local(text: str, folder: Path | None) -> Path | None:
+    """Where a path is: as it is, under the folder, or where we run; None where nothing is there."""
     path = Path(text).expanduser()
-    for base in (folder, Path.cwd()):
-        if base is not None and not path.is_absolute() and (base / path).exists():
-            return str((base / path).resolve())
-    return str(path) if text.startswith("~") else text
+    if path.is_absolute() or text.startswith("~"):
+        return path
+    places = [base / path for base in (folder, Path.cwd()) if base is not None]
+    return next((place.resolve() for place in places if place.exists()), None)
 
 
-def load_run_config(path: str | Path | None, overrides: Sequence[str] = (), *, needs: Iterable[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    needs: Iterable[str] = (),
+    converts: bool = False,
+) -> RunConfig:
     """Read a run's YAML, apply overrides, and check everything at once.
 
     Args:
         path: the YAML file; None starts from nothing, so that overrides say everything.
         overrides: `key=value` texts, as `training.max_steps=100` or `data.tasks.0.path=rows.jsonl`.
         needs: options that must be given, as `("model_name_or_path", "data")`.
+        converts: the mixture splits a dense model: what it leaves out is as in `DEFAULT_CONVERSION`.
 
     Raises:
         ConfigError: lists every problem of all sections, one per line.
@@ -209,6 +234,11 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = (), *, n
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{path or 'overrides'}: {where}{str(error).splitlines()[0]}") from None
     _import_plugins(data.get("plugins"), folder)
+    mixture = data.get("mixture")
+    if converts and isinstance(mixture, dict | None):
+        data["mixture"] = conversion_options(mixture)
+    else:
+        data = _over_saved_mixture(data, folder)
     problems = [
         InitErrorDetails(type=PydanticCustomError("needed", "missing; this command needs it"), loc=(name,), input=None)
         for name in needs
@@ -221,7 +251,35 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = (), *, n
     if problems:
         everything = ValidationError.from_exception_data("RunConfig", problems)
         raise config_error(everything, "overrides" if path is None else str(path))
-    return config if config.data is None else config.model_copy(update={"data": config.data.resolve(folder)})
+    sections: tuple[tuple[str, DataConfig | CalibrationConfig | None], ...] = (
+        ("data", config.data),
+        ("calibration", config.calibration),
+    )
+    found = {name: section.resolve(folder) for name, section in sections if section is not None}
+    return config.model_copy(update=found)
+
+
+def _over_saved_mixture(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Where `model_name_or_path` is the folder of a mixture, the mixtures of the config are changes of that one.
+
+    Raises:
+        ConfigError: a change that does not fit.
+        AdapterError: the folder's files are damaged.
+    """
+    name = data.get("model_name_or_path")
+    saved = _local(name, folder) if isinstance(name, str) else None
+    if saved is None or not (saved / ADAPTER_FILE).is_file():
+        return data
+    before, _ = read_adapter_config(saved)
+    given, compare = data.get("mixture"), data.get("compare")
+    if not isinstance(given, dict | None) or not isinstance(compare, dict | None):
+        return data  # the wrong type is reported with the other problems
+    mixture = changed_mixture(before, given or {})
+    compared = {
+        key: changed_mixture(mixture, entry).model_dump(mode="json") if isinstance(entry, dict) else entry
+        for key, entry in (compare or {}).items()
+    }
+    return {**data, "mixture": mixture.model_dump(mode="json"), **({"compare": compared} if compared else {})}
 
 
 def _without_repeats(problems: list[InitErrorDetails]) -> list[InitErrorDetails]:

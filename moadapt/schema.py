@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from moadapt.presets import PRESETS
-from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Registry
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS, KindConfig, OfKind, Registry
 from moadapt.run_config import RunConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_TABLES: tuple[Registry[Any], ...] = (EXPERTS, ROUTERS, LOSSES, SPLITS)
 _ENTRY = re.compile(r"^ {4}(\w[\w, ]*): (.*)$")
 
 
@@ -56,9 +57,9 @@ def _attributes(docstring: str) -> dict[str, str]:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of `RunConfig`, with every registered kind as a `oneOf`."""
     schema = RunConfig.model_json_schema()
-    configs = {cls.__name__: cls for cls in _config_classes(RunConfig)}
-    for registry in (EXPERTS, ROUTERS, LOSSES):
-        configs |= {registry.get(name).config.__name__: registry.get(name).config for name in registry.names()}
+    roots: list[type[BaseModel]] = [RunConfig]
+    roots += [registry.get(name).config for registry in _TABLES for name in registry.names()]
+    configs = {cls.__name__: cls for root in roots for cls in _config_classes(root)}
     _describe(schema, configs)
     tables: list[tuple[str, Registry[Any], bool]] = [
         ("expert", EXPERTS, True),
@@ -66,6 +67,7 @@ def json_schema() -> dict[str, Any]:
         ("losses", LOSSES, False),
     ]
     properties = schema["$defs"]["MixtureConfig"]["properties"]
+    _nested_kinds(schema, configs)
     for option, registry, has_preset in tables:
         place = properties[option] if option != "losses" else properties[option]["items"]
         place["oneOf"] = _kinds(place["oneOf"], registry, has_preset)
@@ -74,6 +76,24 @@ def json_schema() -> dict[str, Any]:
     report_to = schema["$defs"]["TrainingConfig"]["properties"]["report_to"]
     report_to["anyOf"] = [{"type": report_to.pop("type"), "items": report_to.pop("items")}, {"type": "string"}]
     return {"$schema": DIALECT, "title": "moadapt run", **{key: schema[key] for key in schema if key != "title"}}
+
+
+def _nested_kinds(node: Any, configs: dict[str, type[BaseModel]]) -> None:
+    """Tables of kinds inside the options of a kind, as `expert.split`."""
+    if isinstance(node, list):
+        for item in node:
+            _nested_kinds(item, configs)
+    elif isinstance(node, dict):
+        cls = configs.get(str(node.get("title")))
+        if cls is not None and issubclass(cls, KindConfig) and "properties" in node:
+            for name, info in cls.model_fields.items():
+                table = next((mark.registry for mark in info.metadata if isinstance(mark, OfKind)), None)
+                if table is not None:
+                    place = node["properties"][name]
+                    place["oneOf"] = _kinds(place["oneOf"], table, False)
+                    place.pop("default", None)
+        for item in list(node.values()):
+            _nested_kinds(item, configs)
 
 
 def _kinds(variants: list[dict[str, Any]], registry: Registry[Any], has_preset: bool) -> list[dict[str, Any]]:

@@ -42,9 +42,9 @@ class NormRegressionRouterConfig(RouterConfig):
         num_experts_per_tok: the most experts that a token keeps; no limit when not given. With `threshold: 0` exactly
             that many.
         rescale: factor for all kept experts: `none` (as the paper), `n_over_active` or a number.
-        router_width: H.
+        router_width: H, hidden units of the network.
         norm_order: which norm of an expert's output is regressed.
-        fit: how.
+        fit: how the network is fitted at conversion.
     """
 
     kind: Literal["norm_regression"] = "norm_regression"

@@ -14,7 +14,7 @@ import pytest
 import moadapt
 
 PACKAGE = Path(moadapt.__file__).parent
-ROOMS = ("experts", "routers", "losses", "splits", "train", "cli")
+ROOMS = ("experts", "routers", "losses", "splits", "export", "train", "cli")
 HEAVY = ["deepspeed", "datasets", "plotly", "matplotlib", "pandas", "tensorboard", "bitsandbytes", "peft"]
 CORE = "import moadapt; moadapt.get_mixture_model; moadapt.MixtureModel; moadapt.MixtureConfig; moadapt.EXPERTS"
 
@@ -109,10 +109,13 @@ def test_floor_2_knows_only_floor_1_and_its_own_room() -> None:
 def test_floor_3_never_imports_training_or_the_command_line() -> None:
     """Run configs and the command line (floor 5) stand above `train`."""
     above = ("moadapt.train", "moadapt.cli")
-    core = ["config", "presets", "losses", "targets", "layer", "inject", "passes", "model", "saving", "per_layer"]
-    for name in core:
-        taken = {item for item in own(f"moadapt.{name}") if item.startswith(above)}
-        assert not taken, f"moadapt.{name} imports {taken}"
+    core = ["config", "presets", "targets", "layer", "inject", "passes", "model", "saving", "per_layer"]
+    core += ["blocks", "partition", "calibration", "observing", "convert", "converted", "text_measure", "adjust"]
+    exporting = [name for name in sources() if name.startswith("moadapt.export")]
+    assert "moadapt.export.stock" in exporting
+    for name in [*(f"moadapt.{item}" for item in core), *exporting]:
+        taken = {item for item in own(name) if item.startswith(above)}
+        assert not taken, f"{name} imports {taken}"
 
 
 @pytest.mark.parametrize("package", ["deepspeed", "accelerate"])

@@ -14,7 +14,8 @@ from moadapt.errors import ConfigError
 from moadapt.registry import Config, closest
 
 MetricName = Literal["exact_match", "accuracy", "rouge_l", "token_f1"]
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+TEXT_SUFFIX = ".txt"
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", TEXT_SUFFIX)
 
 
 class Problems:
@@ -70,6 +71,17 @@ class SamplingConfig(Config):
         return self
 
 
+_OF_PROMPTS = (
+    *("prompt_template", "response_template", "prompt_column", "response_column"),
+    *("apply_chat_template", "system_prompt", "choices", "max_new_tokens"),
+)
+
+
+def is_text_file(path: str) -> bool:
+    """Whether a path names a file of plain text."""
+    return Path(path).suffix.lower() == TEXT_SUFFIX
+
+
 class RowsConfig(Config):
     """Where rows come from and how one row becomes a prompt and a response."""
 
@@ -83,6 +95,16 @@ class RowsConfig(Config):
     prompt_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = Field(default=None, description="column with a list of {role, content}")
+    text_column: str | None = Field(
+        default=None, description="column with plain text, all of which is learned; a .txt file needs none"
+    )
+    packing: bool | None = Field(
+        default=None, description="plain text: documents share rows of max_length; null: true. false: each its own rows"
+    )
+    sample_by: Literal["document", "paragraph", "line"] | None = Field(
+        default=None,
+        description="what one document of a .txt file is: all of it (null), up to an empty line, or a line",
+    )
     apply_chat_template: bool = Field(
         default=False, description="wrap prompt and response as one chat turn; chat messages always use the template"
     )
@@ -93,6 +115,12 @@ class RowsConfig(Config):
     max_samples: int | None = Field(default=None, gt=0, description="at most so many training rows of a task")
     max_eval_samples: int | None = Field(default=None, gt=0, description="at most so many evaluation rows of a task")
     max_new_tokens: int | None = Field(default=None, gt=0, description="length of generated answers in evaluation")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are plain text, without prompt and response."""
+        paths = (getattr(self, "path", None), self.eval_path)
+        return self.text_column is not None or any(path is not None and is_text_file(path) for path in paths)
 
     @property
     def has_eval(self) -> bool:
@@ -130,6 +158,21 @@ class RowsConfig(Config):
                 problems.add("needs at least two different answers", "choices")
             if not all(choice.strip() for choice in self.choices):
                 problems.add("an answer is empty", "choices")
+        self._check_text(problems)
+
+    def _check_text(self, problems: Problems) -> None:
+        if not self.is_text:
+            if self.packing is not None:
+                problems.add("read for plain text only (text_column, or a .txt file)", "packing")
+            if self.sample_by is not None:
+                problems.add("read for .txt files only", "sample_by")
+            return
+        for name in (*_OF_PROMPTS, *([] if self.messages_column is None else ["messages_column"])):
+            if getattr(self, name) not in (None, False):
+                problems.add(f"plain text has neither prompt nor response; remove {name}, or text_column", name)
+        paths = [path for path in (getattr(self, "path", None), self.eval_path) if path is not None]
+        if self.sample_by is not None and not any(is_text_file(path) for path in paths):
+            problems.add("read for .txt files only; a table has one document in each row", "sample_by")
 
 
 class TaskConfig(RowsConfig):
@@ -144,7 +187,9 @@ class TaskConfig(RowsConfig):
     def _check(self) -> Self:
         problems = Problems("TaskConfig")
         self.check_rows(problems)
-        if self.choices is not None and self.metric != "accuracy":
+        if self.is_text and self.metric is not None:
+            problems.add("plain text has no answers to score; leave it out, the loss is always reported", "metric")
+        elif self.choices is not None and self.metric != "accuracy":
             problems.add("read by metric accuracy only", "choices")
         problems.raise_if_any()
         return self
@@ -186,7 +231,11 @@ class DataConfig(RowsConfig):
         self.check_rows(problems)
         if self.path is not None and self.task_column is None:
             problems.add("path needs task_column, the column that names each row's task", "task_column")
-        if self.choices is not None and "accuracy" not in self.metrics.values():
+        if any(path is not None and is_text_file(path) for path in (self.path, self.eval_path)):
+            problems.add("a .txt file has no columns, so no task_column either; list it under tasks", "path")
+        elif self.is_text and any(self.metrics.values()):
+            problems.add("plain text has no answers to score; leave them out", "metrics")
+        elif self.choices is not None and "accuracy" not in self.metrics.values():
             problems.add("read by metric accuracy only", "choices")
         if self.sampling.strategy == "weights" and self.sampling.weights is None:
             problems.add("strategy weights needs them: {task: weight}", "sampling", "weights")
@@ -244,11 +293,12 @@ class DataConfig(RowsConfig):
         for entry in (data, *(data.get("tasks") or [])):
             for key in ("path", "eval_path"):
                 if entry.get(key) is not None:
-                    entry[key] = _resolved(entry[key], Path(base_dir))
+                    entry[key] = resolved(entry[key], Path(base_dir))
         return DataConfig.model_validate(data)
 
 
-def _resolved(text: str, base_dir: Path) -> str:
+def resolved(text: str, base_dir: Path) -> str:
+    """A path as it is found: under `base_dir`, else where we run; what is in neither place may be a hub id."""
     path = Path(text).expanduser()
     if path.is_absolute():
         return str(path)

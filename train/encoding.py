@@ -9,6 +9,7 @@ cut off, so that the ids of all pieces together spell the pieces' text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 IGNORE = -100  # label of a token without loss
 TOO_LONG = "longer than max_length"
 _CHUNK = 1000
+_PART = 100_000
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")
 _ANCHORS = ("\n", ":", "=", "|")
 
 
@@ -92,6 +95,21 @@ class Encoder:
         text = render(self.tokenizer, messages, "messages", add_generation_prompt=True)
         ids = self._plain([text])[0]
         return self._add_bos(ids) + (self.after if self.is_encoder_decoder else [])
+
+    def encode_text(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """Ids of plain text without special tokens; a long text goes through the tokenizer in parts, at line ends.
+
+        Args:
+            text: any length.
+            max_tokens: stop behind the part in which so many are reached.
+        """
+        ids: list[int] = []
+        for number, part in enumerate(_parts(text)):
+            ids += self._plain([part])[0] if number == 0 else self._continued([part])[0]
+            if max_tokens is not None and len(ids) >= max_tokens:
+                break
+        n = len(self.before)
+        return ids[n:] if n and ids[:n] == self.before else ids
 
     def encode(self, rows: Sequence[TextRow], task_id: int, table: Table) -> Iterator[tuple[Example, bool] | str]:
         """For every row its example and whether it was truncated, or the reason why it is dropped."""
@@ -236,6 +254,21 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int 
     if token not in vocabulary:
         raise DataError(f"data.eos_token: {token!r} is not a token of the vocabulary")
     return int(vocabulary[token])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Parts of some 100,000 characters that begin with a line which does not begin with white space.
+
+    Few tokenizers join such a line's beginning with what stands before it, and the text is the same in any case.
+    """
+    start = 0
+    while len(text) - start > _PART:
+        match = _LINE_START.search(text, start + _PART)
+        if match is None:
+            break
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
 
 
 def _prompt_and_response(pieces: list[Piece]) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""Reads JSON, JSONL, CSV and Parquet files, folders and hub data sets into rows that know their place in the file."""
+"""Reads JSON, JSONL, CSV, Parquet and text files, folders and hub data sets into rows that know their place."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moadapt.errors import DataError
 from moadapt.registry import closest
-from moadapt.train.data_config import FILE_SUFFIXES
+from moadapt.train.data_config import FILE_SUFFIXES, TEXT_SUFFIX
 
 Row = dict[str, Any]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -52,13 +52,17 @@ class Table:
             )
 
 
-def read_table(path: str, *, split: str | None = None, subset: str | None = None) -> Table:
+def read_table(
+    path: str, *, split: str | None = None, subset: str | None = None, sample_by: str | None = None
+) -> Table:
     """Read a local file by its suffix, a local folder, or a data set of the hub.
 
     Args:
-        path: a .json, .jsonl, .csv or .parquet file, a folder or hub id that `datasets.load_dataset` takes.
+        path: a .json, .jsonl, .csv, .parquet or .txt file, a folder or hub id that `datasets.load_dataset` takes. A
+            .txt file has the column `text`.
         split: split of a folder or hub data set; None means `train`.
         subset: configuration name of a hub data set.
+        sample_by: what one row of a .txt file is: the whole `document` (as None), a `paragraph`, or a `line`.
 
     Raises:
         DataError: missing, empty or broken; names the file and the line where there is one.
@@ -68,7 +72,7 @@ def read_table(path: str, *, split: str | None = None, subset: str | None = None
         for name, value in (("split", split), ("subset", subset)):
             if value is not None:
                 raise DataError(f"{path}: a file has no {name} {value!r}; leave {name} out, or give a folder or hub id")
-        table = _read_file(file)
+        table = _read_file(file, sample_by)
     elif file.is_dir() or _HUB_ID.fullmatch(path):
         table = _read_dataset(path, split or "train", subset)
     else:
@@ -78,8 +82,14 @@ def read_table(path: str, *, split: str | None = None, subset: str | None = None
     return table
 
 
-def _read_file(file: Path) -> Table:
-    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def _read_file(file: Path, sample_by: str | None) -> Table:
+    readers: dict[str, Callable[[Path], Table]] = {
+        ".jsonl": _read_json,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        TEXT_SUFFIX: lambda file: _read_documents(file, sample_by or "document"),
+    }
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise DataError(f"{file}: unknown kind of file {file.suffix!r}; use one of {', '.join(FILE_SUFFIXES)}")
@@ -98,6 +108,24 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file") from None
+
+
+def _read_documents(file: Path, sample_by: str) -> Table:
+    """One row for the whole text, for each paragraph, or for each line; those of white space alone are left out."""
+    text = _read_text(file).replace("\r\n", "\n")
+    pattern = {"document": r"[\s\S]+", "paragraph": r"(?:[^\n]*\S[^\n]*(?:\n|$))+", "line": r"[^\n]+"}[sample_by]
+    rows: list[Row] = []
+    lines: list[int] = []
+    line, counted = 1, 0
+    for match in re.finditer(pattern, text):
+        document = match.group()
+        if not document.strip():
+            continue
+        line += text.count("\n", counted, match.start())
+        counted = match.start()
+        rows.append({"text": document if sample_by == "document" else document.rstrip("\n")})
+        lines.append(line)
+    return Table(str(file), ["text"], rows, lines)
 
 
 def _read_json(file: Path) -> Table:

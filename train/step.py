@@ -87,6 +87,7 @@ class StepRunner:
         except TrainingError as error:
             tasks = ", ".join(values.task_weights)
             raise TrainingError(f"{where} (tasks {tasks}): {error}; lower learning_rate or max_grad_norm") from None
+        engine.model.end_step(values.parts)
         state.global_step += 1
         state.micro_batch += self.accumulation * processes.world_size
         state.tokens += tokens

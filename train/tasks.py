@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from moadapt.train.encoding import Encoder, Example
 from moadapt.train.metrics import find_choice
 from moadapt.train.sources import Table, read_table
 from moadapt.train.templates import RowFormatter, TextRow
+from moadapt.train.text import split_document, text_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Example", "Task", "load_tasks"]
 
+T = TypeVar("T")
 _MAX_DERIVED_CHOICES = 100
 _SHOW_PROGRESS_FROM = 5000
 
@@ -110,20 +112,20 @@ def load_tasks(
 
 
 def _separate_files(config: DataConfig) -> Iterable[tuple[TaskConfig, _Rows, _Rows | None]]:
-    tables: dict[tuple[str, str | None, str | None], Table] = {}
+    tables: dict[tuple[str | None, ...], Table] = {}
 
-    def read(path: str, split: str | None, subset: str | None) -> _Rows:
-        key = (path, split, subset)
+    def read(task: TaskConfig, path: str, split: str | None, subset: str | None) -> _Rows:
+        key = (path, split, subset, task.sample_by)
         if key not in tables:
-            tables[key] = read_table(path, split=split, subset=subset)
+            tables[key] = read_table(path, split=split, subset=subset, sample_by=task.sample_by)
         return _Rows(tables[key], range(len(tables[key].rows)))
 
     for task in config.tasks or []:
         inherited = {name: getattr(config, name) for name in ("system_prompt", "max_new_tokens", "apply_chat_template")}
         missing = {name: value for name, value in inherited.items() if name not in task.model_fields_set}
         task = task.model_copy(update=missing)
-        rows = read(task.path, task.split, task.subset)
-        eval_rows = read(*_eval_source(task, task.path)) if task.eval_path or task.eval_split else None
+        rows = read(task, task.path, task.split, task.subset)
+        eval_rows = read(task, *_eval_source(task, task.path)) if task.eval_path or task.eval_split else None
         yield task, rows, eval_rows
 
 
@@ -192,6 +194,9 @@ def _load(
         eval_table = eval_rows.table
         eval_texts = _texts(task, config, eval_rows, task.eval_dropped)
         _require_rows(eval_texts, task, eval_table, task.eval_dropped)
+    if config.is_text:
+        _load_text(task, config, (texts, table), (eval_texts, eval_table), encoder, generator, train)
+        return task
     choices = _answers(config, [*texts, *eval_texts], table)
     texts = _subset(texts, config.max_samples, generator)
     had_eval = bool(eval_texts)
@@ -205,6 +210,35 @@ def _load(
     if had_eval:
         _require_rows(task.eval, task, eval_table, task.eval_dropped)
     return task
+
+
+def _load_text(
+    task: Task,
+    config: TaskConfig,
+    given: tuple[list[TextRow], Table],
+    given_eval: tuple[list[TextRow], Table],
+    encoder: Encoder,
+    generator: np.random.Generator,
+    train: bool,
+) -> None:
+    """Documents become rows of up to `max_length` tokens, and the limits count those."""
+    if encoder.is_encoder_decoder:
+        raise DataError(
+            f"{given[1].source}: task {task.name!r} is plain text, which an encoder-decoder model has no prompt for; "
+            "give prompt and response, or a causal model"
+        )
+    packing = config.packing is not False
+    for_train, for_eval = generator.spawn(2)
+    if train:
+        documents, table = given
+        rows = list(text_examples(documents, encoder, task.id, packing=packing))
+        task.train = _subset(rows, config.max_samples, for_train)
+        _require_rows(task.train, task, table, task.dropped)
+    documents, table = given_eval
+    rows = list(text_examples(documents, encoder, task.id, packing=packing))
+    task.eval = _subset(rows, config.max_eval_samples, for_eval)
+    if documents:
+        _require_rows(task.eval, task, table, task.eval_dropped)
 
 
 def _texts(task: Task, config: TaskConfig, rows: _Rows, dropped: Counter[str]) -> list[TextRow]:
@@ -234,6 +268,8 @@ def _split(
     rows: list[TextRow], fraction: float, generator: np.random.Generator, config: TaskConfig, table: Table
 ) -> tuple[list[TextRow], list[TextRow]]:
     """Training and evaluation rows, each in the file's order."""
+    if config.is_text and len(rows) == 1:
+        return split_document(rows[0], fraction, table)
     count = int(len(rows) * fraction + 0.5)
     if not 0 < count < len(rows):
         kind = "evaluation" if count == 0 else "training"
@@ -246,7 +282,7 @@ def _split(
     return kept, [row for index, row in enumerate(rows) if index in chosen]
 
 
-def _subset(rows: list[TextRow], limit: int | None, generator: np.random.Generator) -> list[TextRow]:
+def _subset(rows: list[T], limit: int | None, generator: np.random.Generator) -> list[T]:
     """At most `limit` rows, chosen at random, in the file's order."""
     order = generator.permutation(len(rows))
     return rows if limit is None else [rows[index] for index in sorted(order[:limit].tolist())]

@@ -1,7 +1,8 @@
 """One row of a table → the text of a prompt and a response, or a conversation.
 
 Columns are found by their usual names when the config names none, in this order: `messages`; `prompt` with `response`
-or `completion`; Alpaca's `instruction`, `input` (may be missing) and `output`.
+or `completion`; Alpaca's `instruction`, `input` (may be missing) and `output`. Plain text is a column that is named
+(`text_column`), or the text of a .txt file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moadapt.errors import DataError
-from moadapt.train.data_config import RowsConfig, fill_template, template_fields
+from moadapt.train.data_config import RowsConfig, fill_template, is_text_file, template_fields
 from moadapt.train.sources import Row, Table
 
 Message = dict[str, str]
@@ -20,6 +21,7 @@ Part = Callable[[int], "str | None"]
 
 NO_PROMPT = "no prompt"
 NO_RESPONSE = "no response"
+NO_TEXT = "no text"
 _FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 
 
@@ -30,7 +32,7 @@ class TextRow:
     Attributes:
         row: index in its table.
         prompt: text before the response; of a conversation, empty.
-        response: the answer that metrics compare with; of a conversation, the last assistant message.
+        response: the answer that metrics compare with; of a conversation, the last assistant message; plain text.
         messages: the conversation up to the last assistant message, when the chat template is to be used.
         choices: the possible answers, for metric accuracy.
     """
@@ -53,7 +55,12 @@ class RowFormatter:
         self.config = config
         self.table = table
         self.messages_column = self._find_messages()
-        if self.messages_column is None:
+        self.text: Part | None = None
+        if config.is_text:
+            # A .txt file has one column, whatever that of the other file is called.
+            column = "text" if is_text_file(table.source) else config.text_column or "text"
+            self.text = self._column(column, "text_column")
+        elif self.messages_column is None:
             self.prompt, detected = self._find_prompt()
             self.response = self._find_response(detected)
         if isinstance(config.choices, str):
@@ -65,6 +72,9 @@ class RowFormatter:
         Raises:
             DataError: a value of the wrong type; names file and line.
         """
+        if self.text is not None:
+            text = self.text(index)
+            return TextRow(index, "", text, None, None) if text is not None and text.strip() else NO_TEXT
         if self.messages_column is not None:
             return self._conversation(index, self.messages_column)
         prompt = self.prompt(index)
@@ -83,6 +93,8 @@ class RowFormatter:
 
     def _find_messages(self) -> str | None:
         config = self.config
+        if config.is_text:
+            return None
         if config.messages_column is not None:
             self.table.require(config.messages_column, "messages_column")
             return config.messages_column
@@ -103,7 +115,7 @@ class RowFormatter:
             return self._alpaca, ("output",)
         raise DataError(
             f"{self.table.source}: no column for the prompt (looked for messages, prompt, instruction); "
-            f"set prompt_template or prompt_column. Columns found: {', '.join(columns)}"
+            f"set prompt_template or prompt_column, or text_column for plain text. Columns found: {', '.join(columns)}"
         )
 
     def _find_response(self, usual: tuple[str, ...]) -> Part:
@@ -127,7 +139,7 @@ class RowFormatter:
             if value is None or isinstance(value, str):
                 return value
             wanted = f'{option.replace("column", "template")}: "{{{column}}}"'
-            hint = f"; use {wanted}" if isinstance(value, (int, float)) else ""
+            hint = f"; use {wanted}" if isinstance(value, (int, float)) and option != "text_column" else ""
             raise self._wrong(index, column, value, f"a string{hint}")
 
         return part

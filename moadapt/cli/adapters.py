@@ -1,11 +1,11 @@
-"""What `eval`, `generate` and `merge` share: finding an adapter's config, and loading it onto its base model."""
+"""What commands on a saved adapter share: finding an adapter's config, and loading it onto its base model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moadapt.run_config import CONFIG_FILE, RunConfig
+from moadapt.run_config import CONFIG_FILE, RunConfig, load_run_config
 
 if TYPE_CHECKING:
     from moadapt.model import MixtureModel
@@ -38,6 +38,27 @@ def with_base(config: RunConfig, adapter: str, base: str | None, *, prefer_confi
     if not name:
         raise AdapterError(f"{adapter} does not name its base model; give it with --base")
     return config.model_copy(update={"model_name_or_path": name})
+
+
+def adapter_config(adapter: str, base: str | None, dtype: str | None, cpu: bool) -> RunConfig:
+    """The config that `train` or `convert` left beside an adapter, or the defaults, with the command's options in it.
+
+    Args:
+        adapter: a folder or hub id.
+        base: what `--base` says.
+        dtype: what `--dtype` says, checked.
+        cpu: stay on the CPU.
+
+    Raises:
+        AdapterError: there is no adapter, or it names no base model.
+        ConfigError: a mistake in the saved config.
+    """
+    path = saved_config(adapter)
+    config = load_run_config(path) if path is not None else RunConfig()
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if cpu:
+        changes["training"] = config.training.model_copy(update={"use_cpu": True})
+    return with_base(config.model_copy(update=changes), adapter, base)
 
 
 def load_for_inference(config: RunConfig, adapter: str) -> MixtureModel:

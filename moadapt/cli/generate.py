@@ -61,8 +61,7 @@ def generate(
       moadapt generate runs/my-run --file prompts.txt --output answers.jsonl
       moadapt generate runs/my-run -p "Once upon a time" --temperature 0.8
     """
-    from moadapt.cli.adapters import saved_config, with_base
-    from moadapt.run_config import RunConfig, load_run_config
+    from moadapt.cli.adapters import adapter_config
     from moadapt.train.data_config import DataConfig
 
     quiet_libraries()
@@ -71,12 +70,7 @@ def generate(
     if temperature == 0.0 and top_p != 1.0:
         raise ConfigError("--top-p has no effect at temperature 0; set --temperature as well")
     texts = list(prompts or []) if file is None else _read_prompts(file)
-    path = saved_config(adapter)
-    config = load_run_config(path) if path is not None else RunConfig()
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": checked_dtype(dtype)}
-    if cpu:
-        changes["training"] = config.training.model_copy(update={"use_cpu": True})
-    config = with_base(config.model_copy(update=changes), adapter, base)
+    config = adapter_config(adapter, base, None if dtype is None else checked_dtype(dtype), cpu)
     # Without a saved config: the defaults of every option that has to do with text.
     data = config.data if config.data is not None else DataConfig.model_construct()
     options = {"apply_chat_template": chat, "system_prompt": system_prompt}

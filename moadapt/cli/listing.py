@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from moadapt.cli.console import guarded, note, out
 from moadapt.errors import ConfigError
-from moadapt.registry import EXPERTS, LOSSES, ROUTERS, Registry, closest, load_plugins
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS, Registry, closest, load_plugins
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_TABLES: dict[str, Registry[Any]] = {"experts": EXPERTS, "routers": ROUTERS, "losses": LOSSES}
+_TABLES: dict[str, Registry[Any]] = {"experts": EXPERTS, "routers": ROUTERS, "losses": LOSSES, "splits": SPLITS}
 _KINDS = [*_TABLES, "presets", "metrics", "configs"]
 
 
@@ -30,10 +31,10 @@ def list_kinds(
         list[str] | None, typer.Option("--plugin", metavar="MODULE", help="Import this module first; repeatable.")
     ] = None,
 ) -> None:
-    """List experts, routers, losses, presets, metrics and ready configs.
+    """List experts, routers, losses, splits, presets, metrics and ready configs.
 
     Without KIND, everything by name. With one of [bold]experts[/bold], [bold]routers[/bold], [bold]losses[/bold],
-    their options, defaults and meanings too. Kinds of installed plugins are listed as well.
+    [bold]splits[/bold], their options, defaults and meanings too. Kinds of installed plugins are listed as well.
 
     [bold]Examples[/bold]
 
@@ -62,7 +63,7 @@ def list_kinds(
             if name == "configs" and kind is not None and not rows:
                 note("no ready configs beside this installation; they are in configs/ of the repository")
     if kind is None:
-        console.print("Options of a kind: moadapt list experts | routers | losses", highlight=False)
+        console.print("Options of a kind: moadapt list experts | routers | losses | splits", highlight=False)
 
 
 def _entries(name: str) -> list[tuple[str, str]]:
@@ -93,8 +94,16 @@ def preset_entries() -> list[tuple[str, str]]:
         router = config.router.kind if kept is None else f"top-{kept}"
         losses = ", ".join(f"{loss.kind} {loss.coef:g}" for loss in config.losses) or "no auxiliary loss"  # type: ignore[attr-defined]
         noun = "expert" if experts == "1" else "experts"
-        entries.append((name, f"{experts} {config.expert.kind} {noun} ({size}), {router}, {losses}"))
+        what = f"{experts} {config.expert.kind} {noun} ({size})" if size else _slices(config.expert, experts)
+        entries.append((name, f"{what}, {router}, {losses}"))
     return entries
+
+
+def _slices(expert: Any, experts: str) -> str:
+    """Experts cut from feed-forward blocks, in words."""
+    shared = f" and {expert.num_shared_experts} shared" if expert.num_shared_experts else ""
+    trained = "trained" if expert.trainable else "frozen"
+    return f"blocks cut into {experts}{shared} {trained} experts (split {expert.split.kind})"
 
 
 def config_entries() -> list[tuple[str, str]]:
@@ -152,15 +161,20 @@ def _options_table(table_name: str, entry: str) -> Table:
     )
     table.add_column("option", no_wrap=True)
     table.add_column("default", no_wrap=True)
-    table.add_column("meaning")
+    table.add_column("meaning", min_width=60)
+    if set(kind.config.model_fields) == {"kind"}:
+        table.add_row("none", "", "")
     for name, info in kind.config.model_fields.items():
         if name != "kind":
             default = info.get_default(call_default_factory=True)
-            table.add_row(name, "null" if default is None else _value(default), docs.get(name, ""))
+            shown = "required" if info.is_required() else "null" if default is None else _value(default)
+            table.add_row(name, shown, docs.get(name, ""))
     return table
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     return json.dumps(value) if isinstance(value, (bool, list, dict)) else str(value)
 
 

@@ -33,17 +33,15 @@ def params(
       moadapt params CONFIG.yaml mixture.num_experts=16 mixture.expert.r=4
       moadapt params CONFIG.yaml model_name_or_path=meta-llama/Llama-3.1-8B
     """
-    from moadapt.model import get_mixture_model
     from moadapt.params import count_parameters
-    from moadapt.pretrained import empty_base
+    from moadapt.pretrained import empty_mixture
     from moadapt.run_config import load_run_config
 
     quiet_libraries()
     run = load_run_config(config, overrides or (), needs=("model_name_or_path", "mixture"))
     all_counts = {}
     for name, entry in run.runs().items():
-        assert entry.mixture is not None
-        all_counts[name] = count_parameters(get_mixture_model(empty_base(entry), entry.mixture))
+        all_counts[name] = count_parameters(empty_mixture(entry, as_converted=True))
     if as_json:
         typer.echo(json.dumps({name: counts.to_dict() for name, counts in all_counts.items()}, indent=2))
         return
@@ -51,6 +49,11 @@ def params(
         out().print(f"{name} on {run.model_name_or_path}", highlight=False, markup=False, soft_wrap=True)
         out().print(parameter_table(counts))
         total = counts.total
+        if counts.active_is_bound:
+            out().print(
+                "used per token: at most; the router keeps as many experts as it likes, and sweep measures how many",
+                highlight=False,
+            )
         out().print(f"trainable: {100 * total.trainable / total.total:.3f} % of all parameters\n", highlight=False)
 
 

@@ -16,9 +16,9 @@ from moadapt.cli.console import is_main_process, note
 from moadapt.cli.processes import progress_bar
 from moadapt.cli.report import RunReport, write_cards
 from moadapt.errors import ConfigError
-from moadapt.model import MixtureModel, get_mixture_model
+from moadapt.model import MixtureModel
 from moadapt.passes import PassRequest, requesting
-from moadapt.pretrained import empty_base, load_base, load_tokenizer
+from moadapt.pretrained import empty_base, empty_mixture, load_mixture, load_tokenizer
 from moadapt.run_config import CONFIG_FILE, RunConfig
 from moadapt.train.callbacks import TrainerCallback, TrainerState
 from moadapt.train.checkpoint import list_checkpoints, seed_everything
@@ -84,9 +84,8 @@ def _check_early(runs: dict[str, RunConfig]) -> None:
         ConfigError: names the mixture where there are several.
     """
     for name, run in runs.items():
-        assert run.mixture is not None
         try:
-            get_mixture_model(empty_base(run), run.mixture)
+            empty_mixture(run)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}" if len(runs) > 1 else str(error)) from None
 
@@ -135,9 +134,8 @@ class Recorder(TrainerCallback):
 
 
 def _train_one(name: str, run: RunConfig, tokenizer: Any, tasks: Sequence[Task], *, compared: bool) -> RunReport:
-    assert run.mixture is not None
     seed_everything(run.training.seed)  # every process draws the same adapters
-    model = get_mixture_model(load_base(run, for_training=True), run.mixture)
+    model = load_mixture(run)
     recorder = Recorder(run)
     trainer = MultiTaskTrainer(
         model, tokenizer, run.data or [], run.training, run.deepspeed, callbacks=[recorder], tasks=tasks

@@ -9,17 +9,29 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import invoke
-from tiny import CONFIGS, base_model
+from tiny import CONFIGS, base_model, batch
 
-from moadapt import get_mixture_model
+from moadapt import convert_ffn_to_experts, get_mixture_model
 from moadapt.params import count_parameters
 from moadapt.presets import PRESETS
 
 FAMILIES = ["llama", "gemma", "phi3", "gpt2", "opt", "t5"]
 
 
+PARTITIONS = [name for name, preset in PRESETS.items() if preset["expert"]["kind"] == "ffn_partition"]
+WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "t5": "d_ff"}
+
+
 def _mixture(preset: str, family: str) -> dict[str, Any]:
     mixture: dict[str, Any] = {"preset": preset, "target_modules": "all-linear"}
+    if preset in PARTITIONS:
+        mixture["num_experts"] = 3 if preset == "cmoe" else 4
+        mixture["expert"] = {"num_shared_experts": 1} if preset == "cmoe" else {}
+        if "num_experts_per_tok" in PRESETS[preset]["router"]:
+            mixture["router"] = {"num_experts_per_tok": 2}
+        fit = {"factorllm": {"kind": "prior_approximate"}, "d2dmoe": {}}
+        if preset in fit:
+            mixture["router"] = {**mixture.get("router", {}), "fit": {**fit[preset], "steps": 2}}
     if preset == "mola":
         mixture["num_experts"] = [2, 4]
     if "malora" in preset:
@@ -30,14 +42,19 @@ def _mixture(preset: str, family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_counts_without_weights_are_those_of_the_built_model(preset: str, family: str, tmp_path: Path) -> None:
-    CONFIGS[family].save_pretrained(tmp_path / "base")
+    width = {WIDTHS.get(family, "intermediate_size"): 64} if preset in PARTITIONS else {}
+    base = base_model(family, **width)
+    base.config.save_pretrained(tmp_path / "base")
     config = tmp_path / "run.yaml"
     mixture = _mixture(preset, family)
     config.write_text(json.dumps({"model_name_or_path": "base", "mixture": mixture}), encoding="utf-8")
     result = invoke("params", config, "--json")
     assert result.exit_code == 0, result.output
     counted = json.loads(result.stdout)[preset]
-    model = get_mixture_model(base_model(family), mixture)
+    if preset in PARTITIONS:
+        model = convert_ffn_to_experts(base, mixture, [batch(4, family=family)])
+    else:
+        model = get_mixture_model(base, mixture)
     assert counted == count_parameters(model).to_dict()
     assert (counted["total"]["trainable"], counted["total"]["total"]) == model.get_nb_trainable_parameters()
     assert counted["total"]["frozen"] == sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -62,6 +79,41 @@ def test_rows_of_a_mixture_by_hand() -> None:
         assert row.active == row.frozen + 2 * 2 * 3 * (inputs + 16)
     assert rows["routers"].trainable == 2 * 4 * (16 + 20)
     assert counts.total.active == sum(row.active for row in counts.rows)
+
+
+@pytest.mark.parametrize(
+    ("expert", "trainable"),
+    [({}, 0), ({"trainable": True}, 3 * 16 * 60), ({"lora": {"r": 2}}, None)],
+)
+def test_rows_of_a_partition_by_hand(expert: dict[str, Any], trainable: int | None) -> None:
+    """Llama with D = 16 and FFN 60 as one shared and three routed experts, one of which is selected: half of it.
+
+    A width of 15 is filled up to 16: rows of zeros are no parameters, but a LoRA's matrices are as wide as they are.
+    """
+    mixture = {
+        "num_experts": 3,
+        "expert": {"kind": "ffn_partition", "num_shared_experts": 1, **expert},
+        "router": {"kind": "top_k", "num_experts_per_tok": 1},
+        "layers_to_transform": [1],
+    }
+    model = get_mixture_model(base_model("llama", intermediate_size=60), mixture)
+    counts = count_parameters(model)
+    rows = {row.kind: row for row in counts.rows}
+    assert list(rows) == ["mlp", "routers", "not adapted"]
+    lora = sum(p.numel() for name, p in model.adapter_parameters() if ".lora_" in name)
+    assert rows["mlp"].trainable == (lora if trainable is None else trainable)
+    assert rows["mlp"].total == 3 * 16 * 60 + lora
+    assert rows["mlp"].active == rows["mlp"].total // 2
+    assert rows["routers"].trainable == 3 * 16
+    assert not counts.active_is_bound
+
+
+@pytest.mark.parametrize("router", [{"kind": "sigmoid_ste"}, {"kind": "relu"}])
+def test_routers_without_a_fixed_number_count_all_experts(router: dict[str, Any]) -> None:
+    mixture = {"num_experts": 4, "expert": {"kind": "ffn_partition"}, "router": router}
+    counts = count_parameters(get_mixture_model(base_model("llama", intermediate_size=64), mixture))
+    assert counts.active_is_bound
+    assert counts.total.active == counts.total.total
 
 
 def test_dense_routers_use_all_experts() -> None:

@@ -13,7 +13,7 @@ import yaml
 from cli_helpers import invoke
 from omegaconf import OmegaConf
 
-from moadapt.registry import EXPERTS, LOSSES, ROUTERS
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS
 from moadapt.run_config import RunConfig
 from moadapt.schema import json_schema, option_docs
 
@@ -113,6 +113,13 @@ deepspeed: zero2
     [
         (None, None),
         ("mixture.expert={kind: malora, r: 4, shared_r: 8, beta: 1.25}", None),
+        ("mixture.expert={kind: ffn_partition, split: {kind: kmeans, rows: up}, lora: {r: 4}}", None),
+        ("mixture.expert={kind: ffn_partition, split: random}", None),
+        ("calibration={path: a.txt, max_tokens: 100}", None),
+        ("mixture.expert={kind: ffn_partition, split: {kind: nope}}", ".mixture"),
+        ("mixture.expert={kind: ffn_partition, split: {rows: up}}", ".mixture"),
+        ("mixture.expert={kind: ffn_partition, split: {kind: random, rows: up}}", ".mixture"),
+        ("calibration={max_tokens: 100}", ".calibration"),
         ("mixture.expert.kind=nope", ".mixture"),
         ("mixture.expert={kind: lora, shared_r: 8}", ".mixture"),  # an option of another kind
         ("mixture.router.scope=everywhere", ".mixture"),
@@ -147,6 +154,9 @@ def test_every_registered_kind_is_an_alternative(schema: dict[str, Any]) -> None
     for registry, place in ((EXPERTS, properties["expert"]), (ROUTERS, properties["router"])):
         assert {part["title"] for part in place["oneOf"]} >= set(registry.names())
     assert {part["title"] for part in properties["losses"]["items"]["oneOf"]} >= set(LOSSES.names())
+    titled = {part["title"]: part for part in properties["expert"]["oneOf"]}
+    split = titled["ffn_partition"]["allOf"][0]["properties"]["split"]
+    assert {part["title"] for part in split["oneOf"]} >= set(SPLITS.names())
 
 
 def test_a_kind_registered_from_outside_is_in_the_schema() -> None:

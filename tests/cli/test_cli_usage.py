@@ -17,7 +17,7 @@ import moadapt
 from moadapt.cli import console
 from moadapt.errors import AdapterError, ConfigError, DataError
 
-COMMANDS = ["train", "eval", "generate", "merge", "params", "list", "config-schema"]
+COMMANDS = ["train", "eval", "generate", "merge", "convert", "sweep", "params", "list", "config-schema"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,6 +59,8 @@ def test_version() -> None:
         (["list", "expertz"], "did you mean 'experts'?"),
         (["generate", "somewhere"], "--prompt"),
         (["merge", "somewhere"], "--output"),
+        (["convert", "somewhere"], "--output"),
+        (["sweep", "somewhere"], "--text"),
     ],
 )
 def test_wrong_usage_exits_2_with_a_message(arguments: list[str], message: str) -> None:
@@ -133,16 +135,16 @@ def test_local_rank_of_launchers_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_list_names_everything() -> None:
     from moadapt.presets import PRESETS
-    from moadapt.registry import EXPERTS, LOSSES, ROUTERS
+    from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS
     from moadapt.train.metrics import METRICS
 
     result = invoke("list")
     assert result.exit_code == 0
-    for name in (*EXPERTS.names(), *ROUTERS.names(), *LOSSES.names(), *PRESETS, *METRICS):
+    for name in (*EXPERTS.names(), *ROUTERS.names(), *LOSSES.names(), *SPLITS.names(), *PRESETS, *METRICS):
         assert any(line.split()[:1] == [name] for line in result.stdout.splitlines()), name
 
 
-@pytest.mark.parametrize("kind", ["experts", "routers", "losses"])
+@pytest.mark.parametrize("kind", ["experts", "routers", "losses", "splits"])
 def test_list_of_kinds_shows_every_option_with_a_meaning(kind: str) -> None:
     from moadapt.cli.listing import _TABLES
 

@@ -119,7 +119,7 @@ def test_a_missing_file(tmp_path, name):
 
 
 def test_other_refusals(tmp_path):
-    fails(write(tmp_path, "a.txt", "x"), r"unknown kind of file '\.txt'; use one of \.json")
+    fails(write(tmp_path, "a.md", "x"), r"unknown kind of file '\.md'; use one of \.json")
     fails(write(tmp_path, "a.jsonl", '{"a": "1"}\n{"a": "\xe9"}'.encode("latin-1")), r"a\.jsonl:2: not UTF-8")
     fails(write(tmp_path, "b.jsonl", '{"a": 1}'), r"a file has no split 'test'", split="test")
     fails("a/b/c", r"not the id of a hub data set")

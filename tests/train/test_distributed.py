@@ -16,7 +16,17 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from trainer_helpers import MIXTURE, losses, make_base, make_model, make_tasks, make_tokenizer, options, weights
+from trainer_helpers import (
+    MIXTURE,
+    losses,
+    make_base,
+    make_converted,
+    make_model,
+    make_tasks,
+    make_tokenizer,
+    options,
+    weights,
+)
 
 from moadapt.train.callbacks import TrainerCallback
 from moadapt.train.checkpoint import list_checkpoints
@@ -108,9 +118,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft": {"router": {"kind": "softmax"}, "losses": [{"kind": "importance", "coef": 0.1}]},
     "copies": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
 }
+STE = {"router": {"kind": "sigmoid_ste", "init_std": 0.5}, "losses": [{"kind": "sparsity", "coef": 0.1}]}
+LORA_EXPERTS = {"expert": {"kind": "ffn_partition", "num_shared_experts": 1, "lora": {"r": 2}}, "num_experts": 3}
+DISTILLATION = [{"kind": "block_distillation", "coef": 1.0}, {"kind": "logits_distillation", "coef": 1.0}]
+CONVERTED: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "ste_lora": {**STE, **LORA_EXPERTS},
+    "distilled": {"losses": DISTILLATION},
+    "distilled_lora": {"losses": DISTILLATION, **LORA_EXPERTS},
+}
+
+
+def converted(folder: Path, world: int, deepspeed: Any, name: str, **more: Any) -> None:
+    """A short run of a converted model, whose adaptive loss changes its strength after every step."""
+    changes = {**SHORT, "loraplus_lr_ratio": None, **more}
+    run(folder, world, deepspeed, model=make_converted(**CONVERTED[name]), **changes)
 
 
 def in_one_process(folder: Path) -> None:
+    for name in CONVERTED:
+        converted(folder / f"{name}-plain", 1, None, name)
+        converted(folder / f"{name}-world1-zero3", 1, zero(3), name, gradient_checkpointing=True)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    converted(folder / "relu-saved", 1, None, "relu", **saving)
+    for which, deepspeed in (("plain", None), ("zero2", zero(2))):
+        checkpoint = str(folder / "relu-saved" / "checkpoint-3")
+        converted(folder / f"relu-resumed-{which}", 1, deepspeed, "relu", resume_from_checkpoint=checkpoint)
     for stage in STAGES:
         run(folder / f"world1-zero{stage}", 1, zero(stage))
     checkpoint = str(folder / "killed" / f"checkpoint-{SAVED}")
@@ -156,6 +189,9 @@ def in_two_processes(folder: Path) -> None:
 
     for stage in STAGES:
         run(folder / f"world2-zero{stage}", 2, zero(stage))
+    for stage in (1, 2, 3):
+        for name in CONVERTED:
+            converted(folder / f"{name}-world2-zero{stage}", 2, zero(stage), name)
     checkpoint = str(folder / "killed" / f"checkpoint-{SAVED}")
     run(folder / "resumed-world2-zero1", 2, zero(1), resume=checkpoint)
     run(folder / "resumed-world2-zero2", 2, zero(2), resume=checkpoint)
@@ -298,6 +334,34 @@ def test_zero3_with_activation_checkpointing_equals_plain_torch(runs: Path, name
     ours, theirs = (load_file(folder / "mixture.safetensors") for folder in (partitioned, plain))
     for tensor, value in theirs.items():
         torch.testing.assert_close(ours[tensor], value, atol=WEIGHT, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["world1-zero3", "world2-zero1", "world2-zero2", "world2-zero3"])
+@pytest.mark.parametrize("name", list(CONVERTED))
+def test_converted_models_equal_plain_torch(runs: Path, name: str, how: str) -> None:
+    plain, other = runs / f"{name}-plain", runs / f"{name}-{how}"
+    assert losses(history(other)) == pytest.approx(losses(history(plain)), abs=LOSS)
+    ours, theirs = (load_file(folder / "mixture.safetensors") for folder in (other, plain))
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        torch.testing.assert_close(ours[tensor], value, atol=WEIGHT, rtol=0)
+
+
+def test_the_adaptive_loss_adapts_alike_and_goes_on_after_a_resume(runs: Path) -> None:
+    key = "losses.target_sparsity.strength"
+    strength = {
+        name: float(load_file(runs / name / "mixture.safetensors")[key])
+        for name in ("relu-plain", "relu-world2-zero1", "relu-world2-zero3", "relu-resumed-plain", "relu-resumed-zero2")
+    }
+    shares = [e["train/aux/target_sparsity/active_share"] for e in history(runs / "relu-plain") if "train/loss" in e]
+    expected = 0.05
+    for share in shares:
+        expected *= 1.5 if share > 0.3 else 1 / 1.5
+    assert strength == pytest.approx(dict.fromkeys(strength, expected), rel=1e-6)
+    assert expected != pytest.approx(0.05)
+    for which in ("plain", "zero2"):
+        resumed = losses(history(runs / f"relu-resumed-{which}"))
+        assert resumed == pytest.approx(losses(history(runs / "relu-plain"))[3:], abs=LOSS)
 
 
 def test_a_base_model_that_was_read_in_parts(runs: Path) -> None:

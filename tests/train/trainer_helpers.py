@@ -65,6 +65,19 @@ def make_model(dropout: float = 0.0, **changes: Any) -> MixtureModel:
     return model
 
 
+def make_converted(**changes: Any) -> MixtureModel:
+    """The same base model with its feed-forward blocks cut into four trained experts."""
+    mixture: dict[str, Any] = {
+        "num_experts": 4,
+        "expert": {"kind": "ffn_partition", "trainable": True},
+        "router": {"kind": "relu", "init_std": 0.5},
+        "losses": [{"kind": "target_sparsity", "target": 0.3, "initial_strength": 0.05, "multiplier": 1.5}],
+        **changes,
+    }
+    torch.manual_seed(1)
+    return get_mixture_model(make_base(), mixture)
+
+
 def make_tasks(
     sizes: tuple[int, ...] = (13, 9, 6), eval_size: int = 5, metric: str | None = "exact_match"
 ) -> list[Task]:
