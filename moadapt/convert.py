@@ -20,6 +20,7 @@ from moadapt.experts.ffn_partition import FfnPartitionConfig
 from moadapt.layer import RouterSite
 from moadapt.model import MixtureModel
 from moadapt.partition import PlannedBlock, build_router, check_config, fit_router, plan_blocks
+from moadapt.per_layer import map_values
 from moadapt.registry import ROUTERS, SPLITS
 from moadapt.splits.base import BlockSample, Split
 
@@ -27,9 +28,9 @@ Progress = Callable[[str, int, int], None]
 Batch = dict[str, Tensor]
 DEFAULT_CONVERSION: dict[str, Any] = {
     "expert": {"kind": "ffn_partition"},
-    "router": {"kind": "top_k", "num_experts_per_tok": 4, "combine": "unit", "init": "mean_gate"},
+    "router": {"kind": "top_k", "combine": "unit", "init": "mean_gate"},
 }
-"""Eight contiguous slices, four of them chosen by mean gate rows, summed as they are: no training, no calibration."""
+"""Eight contiguous slices, half of them chosen by mean gate rows, summed as they are: no training, no calibration."""
 
 
 def convert_ffn_to_experts(
@@ -58,6 +59,7 @@ def convert_ffn_to_experts(
     Raises:
         ConfigError: an invalid config, a model or block that cannot be split as it says, or no calibration where it is
             needed. The model is unchanged then.
+        DataError: no token or too few texts to calibrate on, or index lists from a file that do not fit. Likewise.
     """
     if not isinstance(config, MixtureConfig):
         config = conversion_config(config)
@@ -65,6 +67,7 @@ def convert_ffn_to_experts(
         raise ConfigError(f"expert.kind: {config.expert.kind} adapts linear layers; a conversion needs ffn_partition")
     check_config(config)
     planned = plan_blocks(model, config)
+    _refuse_without_weights(planned)
     inputs, gradients = calibration_needs(config, planned, given=bool(calibration))
     groups = _groups(planned, calibration_tokens, calibration_memory, inputs, gradients)
     total = len(planned)
@@ -138,7 +141,28 @@ def conversion_options(options: dict[str, Any] | None) -> dict[str, Any]:
                 defaults.pop("combine")  # which this option stands for
             given["router"] = defaults | router
         given = DEFAULT_CONVERSION | given
+        given["router"] = _half_of_the_experts(given)
     return given
+
+
+def _half_of_the_experts(given: dict[str, Any]) -> Any:
+    """The router's options with K = N / 2, rounded up, where K is not said."""
+    router, number = given["router"], given.get("num_experts", MixtureConfig.model_fields["num_experts"].default)
+    if not isinstance(router, dict) or router.get("kind") != "top_k" or "num_experts_per_tok" in router:
+        return router
+    try:
+        return router | {"num_experts_per_tok": map_values(number, lambda value: -(-value // 2))}
+    except TypeError:  # not a number of experts, which the config will say
+        return router
+
+
+def _refuse_without_weights(planned: Sequence[PlannedBlock]) -> None:
+    for item in planned:
+        if item.ffn.up_FD.is_meta or item.ffn.down_FD.is_meta:
+            raise ConfigError(
+                f"{item.block.name} has no weights in memory (offloaded, or a model on the meta device); "
+                "load the model whole, without device_map or onto devices with enough memory, to split it"
+            )
 
 
 def _split_needs(item: PlannedBlock) -> tuple[bool, bool]:

@@ -29,6 +29,7 @@ from moadapt.saving import (
     changed_mixture,
     check_base,
     load_base_model,
+    not_in_file,
     read_adapter_config,
     read_tensors,
     save_adapter,
@@ -212,12 +213,14 @@ class MixtureModel(nn.Module):
         inputs = {name: value for name, value in kwargs.items() if name != "labels"}
         if self.base_model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = self.base_model.prepare_decoder_input_ids_from_labels(labels=labels_BS)
+        modes = [(module, module.training) for module in self.base_model.modules()]
         self.base_model.eval()
         try:
             with torch.no_grad(), self.disable_adapter(), requesting(request):
                 teacher_BSV = self.base_model(**inputs).logits
         finally:
-            self.base_model.train()
+            for module, training in modes:
+                module.training = training
         labelled_BS = labels_BS != IGNORE_INDEX
         if not self.base_model.config.is_encoder_decoder:  # position s predicts label s + 1
             labelled_BS = nn.functional.pad(labelled_BS[:, 1:], (0, 1), value=False)
@@ -476,7 +479,7 @@ class MixtureModel(nn.Module):
         return self._leave(merged=True)
 
     def unload(self) -> PreTrainedModel:
-        """Take the mixture out and return the base model as it was."""
+        """Take the mixture out and return the base model as it was; experts that were trained stay as they are now."""
         return self._leave(merged=False)
 
     def _leave(self, merged: bool) -> PreTrainedModel:
@@ -511,21 +514,17 @@ class MixtureModel(nn.Module):
             AdapterError: another base model, or missing, left-over or misshapen tensors.
             ConfigError: `changes` that do not fit what was saved.
         """
-        config, saved = read_adapter_config(adapter)
-        optional: set[str] = set()
-        if changes:
-            config = changed_mixture(config, changes)
+        before, saved = read_adapter_config(adapter)
+        config = changed_mixture(before, changes) if changes else before
         if model is None:
             if not saved.get("name_or_path"):
                 raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
             model = load_base_model(saved["name_or_path"])
-        check_base(model, saved, adapter)
+        check_base(model, before, saved, adapter)
         tensors = read_tensors(adapter)
         lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
         mixture = cls(model, config, lists or None)
-        if changes or saved.get("holds_experts"):
-            # Experts that are trained from now on, and those that the base model in the folder holds.
-            optional = {name for name in mixture._adapter if ".experts." in name}
+        optional = not_in_file(mixture._adapter, before, saved)
         if changes:  # states of losses that are left out now
             states = mixture.loss_states()
             tensors = {k: tensor for k, tensor in tensors.items() if not k.startswith("losses.") or k in states}
