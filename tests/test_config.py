@@ -192,7 +192,11 @@ def test_presets_are_valid_and_survive_json(preset: str) -> None:
     assert again == config
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+ADAPTERS = [name for name in PRESETS if PRESETS[name]["expert"]["kind"] != "ffn_partition"]
+"""Those of conversions are in conversion/test_conversion_convert.py."""
+
+
+@pytest.mark.parametrize("preset", ADAPTERS)
 def test_presets_train_on_a_tiny_model(preset: str) -> None:
     options: dict[str, Any] = {"preset": preset}
     if isinstance(PRESETS[preset]["num_experts"], list):
@@ -221,6 +225,16 @@ def test_preset_values_are_the_papers() -> None:
     top = made["molora_topk"]
     assert (top.expert.r, top.expert.lora_alpha, top.num_experts, top.router.num_experts_per_tok) == (8, 16.0, 8, 2)
     assert made["hydralora"].expert.shared_down
+    dsmoe = made["dsmoe"]
+    assert (dsmoe.num_experts, dsmoe.expert.split.kind, dsmoe.expert.trainable) == (8, "contiguous", True)
+    assert (dsmoe.router.threshold, dsmoe.router.combine, dsmoe.router.rescale) == (0.5, "sigmoid", "n_over_active")
+    assert (dsmoe.losses[0].kind, dsmoe.losses[0].coef, dsmoe.losses[0].penalise) == ("sparsity", 1.0, "G")
+    cmoe = made["cmoe"]
+    assert (cmoe.expert.num_shared_experts, cmoe.router.num_experts_per_tok, cmoe.num_experts) == (3, 3, 8 - 3)
+    llama_moe = made["llama_moe"].router
+    assert (llama_moe.combine, llama_moe.rescale, llama_moe.noisy_gating) == ("softmax_renorm", "n_over_k", True)
+    factorllm = made["factorllm"]
+    assert (factorllm.num_experts, factorllm.router.num_experts_per_tok, factorllm.router.combine) == (4, 2, "unit")
     assert made["mola"].num_experts == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
 
 
