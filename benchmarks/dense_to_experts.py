@@ -41,6 +41,7 @@ from moadapt.routers.base import Router
 from moadapt.routing import Routing, RoutingContext
 
 Batches = list[dict[str, Tensor]]
+PAD = -1
 SPLITS: dict[str, dict[str, Any]] = {
     "contiguous": {"kind": "contiguous"},
     "random": {"kind": "random"},
@@ -100,15 +101,26 @@ def read_texts(path: str) -> list[str]:
 
 
 def rows_of(tokenizer: Any, texts: list[str], length: int, end: int) -> Tensor:
-    """All texts in one stream, with the tokenizer's beginning and `end` between them, cut into rows: (R, length)."""
-    stream = [token for text in texts for token in (*tokenizer(text)["input_ids"], end)]
-    count = len(stream) // length
-    return torch.tensor(stream[: count * length]).view(count, length)
+    """A text a row, with the tokenizer's beginning and `end`, longer ones in pieces; PAD fills up: (R, length)."""
+    rows = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], end]
+        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+    rows = [row for row in rows if len(row) > 1]
+    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+
+def batch_of(rows: Tensor) -> dict[str, Tensor]:
+    """Arguments of the model, without columns that are padding throughout."""
+    rows = rows[:, : int((rows != PAD).sum(1).max())]
+    real = rows != PAD
+    labels = rows.masked_fill(~real, -100)
+    return {"input_ids": rows.clamp(min=0), "attention_mask": real.long(), "labels": labels}
 
 
 def batches(rows: Tensor, size: int) -> Batches:
     """Batches for evaluation or calibration."""
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(size)]
+    return [batch_of(part) for part in rows.split(size)]
 
 
 @torch.no_grad()
@@ -117,15 +129,17 @@ def evaluate(model: Any, data: Batches) -> dict[str, float]:
     model.eval()
     total, tokens, active, possible = 0.0, 0, 0, 0
     for batch in data:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with requesting(PassRequest(record=isinstance(model, MixtureModel))) as request:
             base = model.base_model if isinstance(model, MixtureModel) else model
-            logits_BSV = base(**batch).logits
-        labels = batch["input_ids"][:, 1:].flatten()
+            logits_BSV = base(**inputs).logits
+        labels = batch["labels"][:, 1:].flatten()
         total += float(nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels, reduction="sum"))
-        tokens += labels.numel()
+        tokens += int((labels != -100).sum())
         for record in request.context.records if request.context is not None else []:
-            active += int(record.routing.selected_TN.sum())
-            possible += record.routing.selected_TN.numel()
+            selected_TN = record.routing.selected_TN[inputs["attention_mask"].flatten().bool()]
+            active += int(selected_TN.sum())
+            possible += selected_TN.numel()
     return {"perplexity": math.exp(total / tokens), "share": active / possible if possible else 1.0}
 
 
@@ -143,9 +157,7 @@ def train(model: Any, rows: Tensor, args: argparse.Namespace, seed: int) -> None
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for part in _order(len(rows), args.steps * args.batch_size, generator).split(args.batch_size):
-        ids = rows[part]
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
+        model(**batch_of(rows[part])).loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -335,9 +347,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval", action="append", default=[], help="more text to measure perplexity on")
     parser.add_argument("--end-token", type=int, help="id between texts; default: the tokenizer's end token")
     parser.add_argument("--held-out", type=float, default=0.2)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--router-learning-rate", type=float, default=2e-2)
     parser.add_argument("--num-experts", type=int, default=8)
@@ -368,9 +380,10 @@ def main() -> None:
     for path in args.eval:
         test[Path(path).stem] = batches(rows_of(tokenizer, read_texts(path), args.length, end), 32)
     calibration = batches(rows[: -(-args.calibration_tokens // args.length)], 32)
+    per_row = float((rows != PAD).sum(1).double().mean())
     result: dict[str, Any] = {"options": {**vars(args), "output": str(args.output)}, "training_rows": len(rows)}
-    result["tokens"] = {name: sum(batch["input_ids"].numel() for batch in data) for name, data in test.items()}
-    result["healing_tokens"] = args.steps * args.batch_size * args.length
+    result["tokens"] = {name: sum(int(batch["attention_mask"].sum()) for batch in data) for name, data in test.items()}
+    result["healing_tokens"] = round(args.steps * args.batch_size * per_row)
     result["dense"] = {name: evaluate(load(args.model), data)["perplexity"] for name, data in test.items()}
     result |= {"training_free": [], "healed": [], "sweep": []}
     total = {"training-free": len(SPLITS) * 2 * len(routers(1)), "healed": len(arms(args, [])) * args.seeds}

@@ -113,7 +113,7 @@ class ExpertBank(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def keep_original(self) -> None:
-        """Keep what the base model computes before it is trained, for losses that compare with it; here it is frozen."""
+        """Keep what the base model computes before it is trained, for losses that compare; here it is frozen."""
         return
 
     def regularization(self) -> Tensor | None:

@@ -168,7 +168,7 @@ class PartitionBank(ExpertBank):
         if self.config.lora is None:
             return self._stack(self.in_proj, self.out_proj)
         parameters = (self.in_proj, self.out_proj, self.lora_in_A, self.lora_in_B, self.lora_out_A, self.lora_out_B)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):  # these have no versions
             self._folded = None  # a training step may follow, whose writes need not show in the versions below
             return self._fold()
         # Between two steps nothing changes, and generation calls this once per token.

@@ -204,7 +204,7 @@ def read_block(model: nn.Module, block: Block) -> FeedForward:
     """The block's weights, one row per neuron; views of the model's own where the layout allows it.
 
     Raises:
-        ConfigError: quantised weights, or weights in several dtypes.
+        ConfigError: quantised weights, weights that ZeRO-3 has spread, or weights in several dtypes.
     """
     layout = block.layout
     weights = {name: _rows(f"{block.owner}.{name}", block.part(model, name)) for name in layout.linears}
@@ -269,9 +269,12 @@ def check_block(model: nn.Module, block: Block, ffn: FeedForward) -> None:
     module = model.get_submodule(block.owner)
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(1, 4, ffn.hidden_size, generator=generator).to(ffn.up_FD.device, ffn.up_FD.dtype)
-    before = module.training
-    want_TD = module.eval()(x_BSD)[0].float()
-    module.train(before)
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        want_TD = module.eval()(x_BSD)[0].float()
+    finally:
+        for part, training in modes:
+            part.training = training
     got_TD = ffn(x_BSD[0]).float()
     bound = 1e-4 if ffn.up_FD.dtype in (torch.float32, torch.float64) else 5e-2
     if not torch.allclose(got_TD, want_TD, rtol=0.0, atol=bound * max(float(want_TD.abs().max()), 1e-20)):
@@ -285,7 +288,9 @@ def _rows(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(out, in) weight and bias of a linear layer, detached."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    if not weight.dtype.is_floating_point:
+    if weight.dim() != 2:
+        raise ConfigError(f"{name} is empty: ZeRO-3 has spread its weights; load the model whole to split it")
+    if not weight.dtype.is_floating_point or weight.element_size() < 2:  # fp8 has scales beside it
         raise ConfigError(f"{name} is quantised ({weight.dtype}); load the model unquantised to split it")
     weight = weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight, bias.detach() if isinstance(bias, Tensor) else None

@@ -162,7 +162,8 @@ class _InputRecorder:
             x_TD = x.detach().reshape(-1, x.shape[-1])
             if name not in self.kept:
                 self.kept[name] = (torch.empty(self.max_tokens, x.shape[-1]), self.draws[stream])
-            self.kept[name][0][slots] = x_TD[mask_T.nonzero()[:, 0][tokens.to(x.device)]].float().cpu()
+            rows_K = mask_T.nonzero()[:, 0].cpu()[tokens]
+            self.kept[name][0][slots] = x_TD[rows_K.to(x.device)].float().cpu()
 
         return see
 
@@ -188,7 +189,7 @@ class _TextClusterer:
         """What to do with the final hidden states of a batch."""
 
         def see(state_BSD: Tensor) -> None:
-            mask_BS1 = mask_BS.unsqueeze(-1)
+            mask_BS1 = mask_BS.unsqueeze(-1).to(state_BSD.device)
             sum_BD = state_BSD.float().masked_fill(~mask_BS1, 0.0).sum(1)
             self.features.append((sum_BD / mask_BS1.sum(1).clamp(min=1)).cpu())
 
@@ -237,7 +238,7 @@ class _Importance:
         for (name, h), gradient in zip(hidden.items(), gradients, strict=True):
             mask_BS = masks_BS[self.streams[name]]
             product_TF = (h.detach().float() * gradient.float()).abs().reshape(-1, h.shape[-1])
-            product_TF = product_TF.masked_fill(~mask_BS.reshape(-1, 1), 0.0)
+            product_TF = product_TF.masked_fill(~mask_BS.reshape(-1, 1).to(h.device), 0.0)
             per_text_BF = product_TF.view(len(clusters_B), -1, h.shape[-1]).sum(1).cpu()
             sum_CF = self.sums.setdefault(name, torch.zeros(self.num_clusters, h.shape[-1]))
             sum_CF.index_add_(0, clusters_B, per_text_BF)

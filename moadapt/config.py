@@ -113,11 +113,20 @@ class MixtureConfig(Config):
         num_kept = getattr(self.router, "num_experts_per_tok", None)
         keeps_all = isinstance(num_kept, int) and num_kept == self.num_experts
         selects_all = ROUTERS.get(self.router.kind).cls.selects_all or keeps_all
+        keeps_fixed = num_kept is not None and not hasattr(self.router, "threshold")
         for index, loss in enumerate(self.losses):
+            loss_class = LOSSES.get(loss.kind).cls
             try:
-                LOSSES.get(loss.kind).cls.check(loss, selects_all)
+                loss_class.check(loss, selects_all)
             except ValueError as error:
                 yield problem(str(error), "losses", index)
+                continue
+            if loss_class.steers_share and keeps_fixed:
+                text = (
+                    f"{loss.kind} steers how many experts are kept, and router.kind: {self.router.kind} always keeps "
+                    "num_experts_per_tok; use router.kind: relu or sigmoid_ste, or leave the loss out"
+                )
+                yield problem(text, "losses", index)
         if isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
             text = f"{num_kept} exceeds num_experts ({self.num_experts}); lower the one or raise the other"
             yield problem(text, "router", "num_experts_per_tok")

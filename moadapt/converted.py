@@ -32,7 +32,8 @@ def dense_state_dict(model: MixtureModel) -> dict[str, Tensor]:
         raise AdapterError("this mixture adapts linear layers; only a converted model holds its base model's blocks")
     tensors = tensors_outside_experts(model)
     for item in model.injection.replacements:
-        tensors |= item.dense_state()
+        # Copies, which only the main memory has to have room for all at once.
+        tensors |= {name: tensor.cpu() for name, tensor in item.dense_state().items()}
     return tensors
 
 

@@ -60,6 +60,12 @@ class MixtureModel(nn.Module):
     In training, `forward` with `labels` returns the language-model loss plus the auxiliary losses as `loss`, so any
     trainer of transformers models trains it. Attributes that are not found here are looked up in the base model.
 
+    Args:
+        model: the base model; changed in place.
+        config: the mixture.
+        neuron_indices: which neurons form which expert, for experts cut from blocks; None cuts the blocks now.
+        is_trainable: with trained experts and a distillation loss, keep the dense block's weights to compare with.
+
     Attributes:
         base_model: the model itself, with replaced modules.
         mixture_config: the mixture.
@@ -71,7 +77,12 @@ class MixtureModel(nn.Module):
     accepts_loss_kwargs = True
 
     def __init__(
-        self, model: PreTrainedModel, config: MixtureConfig, neuron_indices: Mapping[str, Tensor] | None = None
+        self,
+        model: PreTrainedModel,
+        config: MixtureConfig,
+        neuron_indices: Mapping[str, Tensor] | None = None,
+        *,
+        is_trainable: bool = True,
     ) -> None:
         super().__init__()
         self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -84,7 +95,8 @@ class MixtureModel(nn.Module):
         self.last_losses: dict[str, Tensor] = {}
         self._adapter = self._find_adapter_parameters()
         self._roles = adapter_roles(self.injection, self._adapter)
-        if any(loss.wants_reconstruction or loss.wants_teacher_logits for loss in self._losses.values()):
+        compares = any(loss.wants_reconstruction or loss.wants_teacher_logits for loss in self._losses.values())
+        if is_trainable and compares:  # a copy of the experts, which a model that is only used has no need of
             for layer in self.injection.layers.values():
                 layer.experts.keep_original()
         self.train(model.training)
@@ -523,7 +535,7 @@ class MixtureModel(nn.Module):
         check_base(model, before, saved, adapter)
         tensors = read_tensors(adapter)
         lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
-        mixture = cls(model, config, lists or None)
+        mixture = cls(model, config, lists or None, is_trainable=is_trainable)
         optional = not_in_file(mixture._adapter, before, saved)
         if changes:  # states of losses that are left out now
             states = mixture.loss_states()

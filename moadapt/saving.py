@@ -7,7 +7,7 @@ the base model, so that an adapter is not put onto another model by mistake.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 HERE = "."
 """As the name of an adapter's base model: it lies in the adapter's folder."""
+_WEIGHTS = (".experts.in_proj", ".experts.out_proj", ".experts.in_bias", ".experts.out_bias")
+"""Ends of the names of experts' own weights, which the base model holds where it lies in the adapter's folder."""
 
 _STRUCTURE = (
     "num_experts",
@@ -101,8 +103,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     given = (state_dict or model.adapter_state_dict()) | model.adapter_buffers()
     if with_base:
-        held = (".experts.in_proj", ".experts.out_proj", ".experts.in_bias", ".experts.out_bias")
-        given = {name: tensor for name, tensor in given.items() if not name.endswith(held)}
+        given = {name: tensor for name, tensor in given.items() if not name.endswith(_WEIGHTS)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
@@ -190,8 +191,30 @@ def read_adapter_config(adapter: str | Path) -> tuple[MixtureConfig, dict[str, A
     except ValidationError as error:
         raise AdapterError(str(config_error(error, str(path)))) from None
     if base.get("name_or_path") == HERE:
-        base["name_or_path"] = str(folder)
+        base["name_or_path"] = str(adapter)  # of a hub repository its id: only the adapter's files were downloaded
     return config, base
+
+
+def not_in_file(names: Iterable[str], config: MixtureConfig, saved: Mapping[str, Any]) -> set[str]:
+    """Parameters of experts that an adapter's file does not hold, and that keep what they are given at the start.
+
+    Args:
+        names: of the parameters of the adapter as it is to be now.
+        config: the mixture as it was saved.
+        saved: what was saved about its base model.
+
+    Returns:
+        Weights that the base model in the folder holds, and weights or LoRA that are trained from now on.
+    """
+    trained = getattr(config.expert, "trainable", False) and not saved.get("holds_experts")
+    new_lora = hasattr(config.expert, "lora") and config.expert.lora is None
+    left_out = set()
+    for name in names:
+        if name.endswith(_WEIGHTS):
+            left_out |= set() if trained else {name}
+        elif new_lora and ".experts.lora_" in name:
+            left_out.add(name)
+    return left_out
 
 
 def changed_mixture(config: MixtureConfig, changes: Mapping[str, Any]) -> MixtureConfig:
@@ -244,11 +267,18 @@ def adapter_folder(adapter: str | Path) -> Path:
         raise AdapterError(f"{adapter}: no such folder, and no hub repository to fetch ({error})") from None
 
 
-def check_base(model: PreTrainedModel, saved: dict[str, Any], adapter: str | Path) -> None:
+def check_base(model: PreTrainedModel, config: MixtureConfig, saved: dict[str, Any], adapter: str | Path) -> None:
     """Compare a model with the base model that an adapter was trained on.
 
+    Args:
+        model: the model.
+        config: the mixture as it was saved.
+        saved: what was saved about its base model.
+        adapter: a folder, or the id of a hub repository.
+
     Raises:
-        AdapterError: they differ; says in what.
+        AdapterError: they differ; says in what. Or the experts were trained, and are in the base model that lies in the
+            adapter's folder, which is not the one given.
     """
     here = base_identity(model)
     differences = [
@@ -257,6 +287,18 @@ def check_base(model: PreTrainedModel, saved: dict[str, Any], adapter: str | Pat
     if differences:
         name = saved.get("name_or_path")
         raise AdapterError(f"{adapter} was trained on another base model ({name}): " + "; ".join(differences))
+    given = model.name_or_path
+    if saved.get("holds_experts") and getattr(config.expert, "trainable", False) and not _same_place(given, adapter):
+        raise AdapterError(
+            f"{adapter} holds trained experts as a part of its own base model, and {given or 'the model'} is another "
+            "one, without them; load the base model from there (in Python pass None, or from_pretrained of the "
+            "same folder; on the command line leave --base out)"
+        )
+
+
+def _same_place(first: str, second: str | Path) -> bool:
+    """Whether two names are the same hub id or folder."""
+    return first == str(second) or Path(first).resolve() == Path(second).resolve()
 
 
 def read_tensors(adapter: str | Path) -> dict[str, torch.Tensor]:

@@ -265,8 +265,9 @@ class _Activity:
             name, selected_TN = record.name, record.routing.selected_TN
             error_T = record.outputs.get("reconstruction")
             if record.mask_T is not None:
-                selected_TN = selected_TN[record.mask_T]
-                error_T = None if error_T is None else error_T[record.mask_T]
+                mask_T = record.mask_T.to(selected_TN.device)
+                selected_TN = selected_TN[mask_T]
+                error_T = None if error_T is None else error_T[mask_T]
             self.counts[name] = self.counts.get(name, 0) + selected_TN.sum(0).cpu()
             self.tokens[name] = self.tokens.get(name, 0) + len(selected_TN)
             self.without[name] = self.without.get(name, 0) + int((~selected_TN.any(-1)).sum())

@@ -214,6 +214,17 @@ def test_target_for_a_router_that_selects_all_is_refused() -> None:
         MixtureConfig.model_validate({"router": {"kind": "softmax"}, "losses": [{"kind": "target_sparsity"}]})
 
 
+@pytest.mark.parametrize("form", ["adaptive", "absolute"])
+@pytest.mark.parametrize("kind", ["top_k", "representative"])
+def test_target_for_a_router_that_keeps_a_fixed_number_is_refused(kind: str, form: str) -> None:
+    """Its share never moves, and the adaptive strength would grow to its bound."""
+    loss = {"kind": "target_sparsity", "form": form}
+    with pytest.raises(ValueError, match=rf"steers how many experts are kept, and router.kind: {kind} .* relu or"):
+        MixtureConfig.model_validate({"router": {"kind": kind, "num_experts_per_tok": 2}, "losses": [loss]})
+    for free in ({"kind": "norm_regression", "num_experts_per_tok": 2}, {"kind": "sigmoid_ste"}, {"kind": "relu"}):
+        assert MixtureConfig.model_validate({"router": free, "losses": [loss]}).losses
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

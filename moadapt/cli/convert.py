@@ -9,11 +9,12 @@ import typer
 
 from moadapt.cli.arguments import Dtype, Overrides, UseCpu, checked_dtype, refuse_filled
 from moadapt.cli.console import guarded, note, out, quiet_libraries
-from moadapt.cli.texts import BatchSize, MaxLength, MaxTokens, TextColumn
+from moadapt.cli.texts import BatchSize, MaxLength, MaxTokens, TextColumn, refuse_without_text
 
 
 @guarded
 def convert(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A dense model: a hub id or a folder.", show_default=False)
     ],
@@ -58,6 +59,8 @@ def convert(
     if output is None:
         raise ConfigError("--output: missing; name a folder for the converted model")
     refuse_filled(output, "--output")
+    of_text = "text_column", "max_tokens", "max_length", "batch_size"
+    refuse_without_text(context, text, *of_text, hint="; for calibration text set calibration.{}")
     given = [*(overrides or []), f"model_name_or_path={model}"]
     given += [] if dtype is None else [f"dtype={checked_dtype(dtype)}"]
     given += ["training.use_cpu=true"] if cpu else []
@@ -67,8 +70,6 @@ def convert(
         measured = CalibrationConfig(
             path=text, text_column=text_column, max_tokens=max_tokens, max_length=max_length, batch_size=batch_size
         )
-    elif text_column is not None:
-        raise ConfigError("--text-column needs --text; for calibration text set calibration.text_column")
     report = convert_model(config, output, measured)
     last = next(reversed(report.results.values()), None)
     if last is None:

@@ -10,13 +10,14 @@ from rich.markup import escape
 
 from moadapt.cli.arguments import AdapterPath, BaseModel, Dtype, UseCpu, checked_dtype, refuse_filled
 from moadapt.cli.console import guarded, note, out, quiet_libraries
-from moadapt.cli.texts import TextColumn
+from moadapt.cli.texts import TextColumn, refuse_without_text
 from moadapt.errors import ConfigError
 from moadapt.registry import closest
 
 
 @guarded
 def export(
+    context: typer.Context,
     converted: AdapterPath,
     to: Annotated[
         str | None,
@@ -74,8 +75,7 @@ def export(
         raise ConfigError(f"--to: {given} Valid targets: {', '.join(TARGETS)}")
     if output is None:
         raise ConfigError("--output: missing; name a folder for the checkpoint")
-    if text_column is not None and text is None:
-        raise ConfigError("--text-column needs --text")
+    refuse_without_text(context, text, "text_column", "max_tokens")
     refuse_filled(output, "--output")
     config = adapter_config(converted, base, None if dtype is None else checked_dtype(dtype), cpu)
     tokenizer, model = load_tokenizer(config), load_for_inference(config, converted)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moadapt.cli.console import note
+from moadapt.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,26 @@ MaxTokens = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option("--max-length", min=8, metavar="N", help="Tokens of one row.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time.")]
+
+
+def refuse_without_text(context: typer.Context, text: str | None, *names: str, hint: str = "") -> None:
+    """Options about the text of `--text` mean nothing without it.
+
+    Args:
+        context: of the command.
+        text: what `--text` says.
+        names: the parameters of these options.
+        hint: more to say, with `{}` for the parameter.
+
+    Raises:
+        ConfigError: one of them was given, and `--text` was not.
+    """
+    if text is not None:
+        return
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise ConfigError(f"--{name.replace('_', '-')} needs --text{hint.format(name)}")
 
 
 def read_text(options: CalibrationConfig, tokenizer: Any, model_config: Any) -> list[dict[str, Tensor]]:

@@ -45,6 +45,9 @@ class AuxiliaryLoss(ABC):
     wants_teacher_logits: ClassVar[bool] = False
     """Whether it is computed by `from_logits`, and not from routings."""
 
+    steers_share: ClassVar[bool] = False
+    """Whether it changes how many experts are kept, and so means nothing with a router that keeps a fixed number."""
+
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self.measured: dict[str, Tensor] = {}

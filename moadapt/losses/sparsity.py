@@ -89,6 +89,7 @@ class TargetSparsityLoss(AuxiliaryLoss):
     `measured["active_share"]` is the share in either form, `state["strength"]` lambda.
     """
 
+    steers_share = True
     config: TargetSparsityConfig
 
     def __init__(self, config: TargetSparsityConfig) -> None:

@@ -180,6 +180,7 @@ MISTAKES = [
     (["mixture.num_experts=4", "--text", "gone.txt"], "gone.txt: no such file"),
     (["mixture.num_experts=4", "calibration.path=gone.txt"], "gone.txt: no such file"),
     (["mixture.num_experts=4", "calibration.max_token=3"], "calibration.max_token: unknown option"),
+    (["mixture.num_experts=4", "--max-length", "64"], "--max-length needs --text; for calibration text set"),
     (["mixture.num_experts=4", "mixture.expert.layers=3"], "mixture.expert.layers: unknown option"),
 ]
 

@@ -67,6 +67,7 @@ def test_export_refuses(converted: Path, tmp_path: Path) -> None:
         (("--to", "mixtral"), "--output: missing"),
         (("--to", "mixtral", "-o", "base"), "not an empty folder"),
         (("--to", "mixtral", "-o", "new", "--text-column", "x"), "--text-column needs --text"),
+        (("--to", "mixtral", "-o", "new", "--max-tokens", "8"), "--max-tokens needs --text"),
         (("--to", "mixtral", "-o", "new", "--dtype", "int8"), "--dtype"),
         (("--to", "mixtral", "-o", "new", "--text", "none.txt", "--cpu"), "none.txt"),
     ],
