@@ -19,10 +19,9 @@ from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
 from moadapt.inject import adapter_roles, inject
 from moadapt.layer import MixtureLayer
-from moadapt.losses import AuxiliaryLoss
+from moadapt.objective import IGNORE_INDEX, Objective
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
-from moadapt.registry import LOSSES
-from moadapt.routing import RoutingRecord, checkpoint_context_fn
+from moadapt.routing import checkpoint_context_fn
 from moadapt.saving import (
     INDICES,
     WEIGHTS_FILE,
@@ -34,8 +33,6 @@ from moadapt.saving import (
     read_tensors,
     save_adapter,
 )
-
-IGNORE_INDEX = -100
 
 
 def get_mixture_model(model: PreTrainedModel, config: MixtureConfig | dict[str, Any]) -> MixtureModel:
@@ -71,6 +68,7 @@ class MixtureModel(nn.Module):
         mixture_config: the mixture.
         last_losses: the parts of the last loss, detached scalars: `lm`, every auxiliary loss by its kind before its
             coefficient, and `aux`, their weighted sum.
+        objective: the auxiliary losses.
         accepts_loss_kwargs: tells transformers' `Trainer` that `num_items_in_batch` is understood.
     """
 
@@ -91,11 +89,11 @@ class MixtureModel(nn.Module):
         self.injection = inject(model, config, neuron_indices)
         self._handles = install_hooks(model)
         self.base_model = model
-        self._losses: dict[str, AuxiliaryLoss] = {loss.kind: LOSSES.build(loss) for loss in config.losses}
+        self.objective = Objective(config.losses)
         self.last_losses: dict[str, Tensor] = {}
         self._adapter = self._find_adapter_parameters()
         self._roles = adapter_roles(self.injection, self._adapter)
-        compares = any(loss.wants_reconstruction or loss.wants_teacher_logits for loss in self._losses.values())
+        compares = self.objective.wants_reconstruction or self.objective.wants_teacher_logits
         if is_trainable and compares:  # a copy of the experts, which a model that is only used has no need of
             for layer in self.injection.layers.values():
                 layer.experts.keep_original()
@@ -141,9 +139,9 @@ class MixtureModel(nn.Module):
             kwargs = {**kwargs, "return_dict": True}
         active = self.injection.switch.enabled
         self._check_checkpointing()
-        losses = list(self._losses.values()) if labels is not None and active else []
-        compares = self.training and any(loss.wants_reconstruction for loss in losses)
-        request = PassRequest(prompt_mask, task_ids, record=bool(losses), wants_reconstruction=compares)
+        wanted = bool(self.objective.losses) and labels is not None and active
+        compares = wanted and self.training and self.objective.wants_reconstruction
+        request = PassRequest(prompt_mask, task_ids, record=wanted, wants_reconstruction=compares)
         with requesting(request):
             output = self.base_model(**kwargs)
         if labels is None:
@@ -154,10 +152,13 @@ class MixtureModel(nn.Module):
             count = self.count_items(labels)
             # The mean over no label at all is not a number; its share of the step is zero.
             lm_loss, share = torch.where(count > 0, lm_loss, 0.0), count / num_items_in_batch
-        aux_losses = self._auxiliary_losses(records) if active else {}
-        if active and self.training:
-            aux_losses |= self._distillation(kwargs, output.logits, labels, PassRequest(prompt_mask, task_ids))
-        aux_loss = self._weighted_sum(aux_losses, lm_loss)
+        banks = [layer.experts for layer in self.injection.layers.values()]
+        aux_losses = self.objective.of_routings(records, banks, self.training) if active else {}
+        if active and self.training and self.objective.wants_teacher_logits:
+            teacher_BSV = self._teacher_logits(kwargs, labels, PassRequest(prompt_mask, task_ids))
+            aligned = bool(self.base_model.config.is_encoder_decoder)
+            aux_losses |= self.objective.of_logits(output.logits, teacher_BSV, labels, aligned=aligned)
+        aux_loss = self.objective.weighted_sum(aux_losses, lm_loss)
         loss = lm_loss + aux_loss if self.training else lm_loss
         if active and self.training and torch.is_grad_enabled() and not loss.requires_grad:
             self._explain_no_gradient()
@@ -165,11 +166,7 @@ class MixtureModel(nn.Module):
         # Plain attributes, not keys: trainers that unpack or gather an output must not meet them.
         for name, value in (("lm_loss", lm_loss.detach()), ("aux_loss", aux_loss), ("aux_losses", aux_losses)):
             object.__setattr__(output, name, value)
-        self.last_losses = {"lm": lm_loss.detach(), **{name: value.detach() for name, value in aux_losses.items()}}
-        for kind in aux_losses:
-            measured = self._losses[kind].measured if kind in self._losses else {}
-            self.last_losses |= {f"{kind}/{name}": value.to(lm_loss.device) for name, value in measured.items()}
-        self.last_losses["aux"] = aux_loss.detach()
+        self.last_losses = {"lm": lm_loss.detach(), **self.objective.parts(aux_losses), "aux": aux_loss.detach()}
         return output.to_tuple() if as_tuple else output
 
     def _explain_no_gradient(self) -> None:
@@ -203,47 +200,21 @@ class MixtureModel(nn.Module):
         predicted = labels if self.base_model.config.is_encoder_decoder else labels[..., 1:]
         return (predicted != IGNORE_INDEX).sum()
 
-    def _auxiliary_losses(self, records: list[RoutingRecord]) -> dict[str, Tensor]:
-        losses = {
-            name: loss(records)
-            for name, loss in self._losses.items()
-            if records and not loss.wants_teacher_logits and (self.training or not loss.wants_reconstruction)
-        }
-        banks = (layer.experts for layer in self.injection.layers.values())
-        terms = [term for bank in banks if (term := bank.regularization()) is not None]
-        if terms:
-            losses["regularization"] = torch.stack([term.float() for term in terms]).sum()
-        return losses
-
-    def _distillation(
-        self, kwargs: dict[str, Any], logits_BSV: Tensor, labels_BS: Tensor, request: PassRequest
-    ) -> dict[str, Tensor]:
-        """Losses on the final logits; the teacher is the same model with its adapter off."""
-        kinds = {name: loss for name, loss in self._losses.items() if loss.wants_teacher_logits}
-        if not kinds:
-            return {}
+    @torch.no_grad()
+    def _teacher_logits(self, kwargs: dict[str, Any], labels_BS: Tensor, request: PassRequest) -> Tensor:
+        """Final logits of the same model with its adapter off, in evaluation mode."""
         inputs = {name: value for name, value in kwargs.items() if name != "labels"}
         if self.base_model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = self.base_model.prepare_decoder_input_ids_from_labels(labels=labels_BS)
         modes = [(module, module.training) for module in self.base_model.modules()]
         self.base_model.eval()
         try:
-            with torch.no_grad(), self.disable_adapter(), requesting(request):
-                teacher_BSV = self.base_model(**inputs).logits
+            with self.disable_adapter(), requesting(request):
+                logits_BSV: Tensor = self.base_model(**inputs).logits
         finally:
             for module, training in modes:
                 module.training = training
-        labelled_BS = labels_BS != IGNORE_INDEX
-        if not self.base_model.config.is_encoder_decoder:  # position s predicts label s + 1
-            labelled_BS = nn.functional.pad(labelled_BS[:, 1:], (0, 1), value=False)
-        return {name: loss.from_logits(logits_BSV, teacher_BSV, labelled_BS) for name, loss in kinds.items()}
-
-    def _weighted_sum(self, aux_losses: dict[str, Tensor], like: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=like.device)
-        for name, value in aux_losses.items():
-            loss = self._losses.get(name)
-            total = total + value.to(like.device) * (1.0 if loss is None else loss.config.coef)
-        return total
+        return logits_BSV
 
     def generate(
         self, *args: Any, prompt_mask: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
@@ -284,7 +255,7 @@ class MixtureModel(nn.Module):
                 persistent = modules[part].state_dict() if part in modules else {}
                 known = {key for key, _ in modules[part].named_parameters()} if part in modules else set()
                 buffers |= {f"{part}.{key}": value for key, value in persistent.items() if key not in known}
-        return buffers | self.loss_states()
+        return buffers | self.objective.states()
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Detached tensors of the adapter by name."""
@@ -326,7 +297,7 @@ class MixtureModel(nn.Module):
         for name, parameter in known.items():
             if name in tensors:
                 parameter.copy_(tensors[name])
-        self.load_loss_states(tensors)
+        self.objective.load_states(tensors)
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -357,33 +328,13 @@ class MixtureModel(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def loss_states(self) -> dict[str, Tensor]:
-        """What adaptive losses remember, as float64 scalars by name."""
-        return {
-            f"losses.{kind}.{name}": torch.tensor(value, dtype=torch.float64)
-            for kind, loss in self._losses.items()
-            for name, value in loss.state.items()
-        }
-
-    def load_loss_states(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `loss_states` returned, where the tensors hold it."""
-        for kind, loss in self._losses.items():
-            loss.state.update(
-                {
-                    name: float(tensors[f"losses.{kind}.{name}"])
-                    for name in loss.state
-                    if f"losses.{kind}.{name}" in tensors
-                }
-            )
-
     def end_step(self, parts: Mapping[str, float]) -> None:
         """Tell adaptive losses that an optimizer step is done. `MultiTaskTrainer` does; call it in a loop of your own.
 
         Args:
             parts: means over the step's micro-batches and processes, under the names of `last_losses`.
         """
-        for kind, loss in self._losses.items():
-            loss.end_step({key.removeprefix(f"{kind}/"): value for key, value in parts.items()})
+        self.objective.end_step(parts)
 
     def set_router_threshold(self, threshold: float) -> None:
         """Give every router another threshold, which is saved with the model: higher keeps fewer experts.
@@ -538,7 +489,7 @@ class MixtureModel(nn.Module):
         mixture = cls(model, config, lists or None, is_trainable=is_trainable)
         optional = not_in_file(mixture._adapter, before, saved)
         if changes:  # states of losses that are left out now
-            states = mixture.loss_states()
+            states = mixture.objective.states()
             tensors = {k: tensor for k, tensor in tensors.items() if not k.startswith("losses.") or k in states}
         try:
             mixture.load_adapter_state_dict(tensors, f"{adapter}/{WEIGHTS_FILE}", optional)

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from moadapt.errors import DataError
 from moadapt.layer import PartitionLayer
-from moadapt.model import IGNORE_INDEX, MixtureModel
+from moadapt.model import MixtureModel
+from moadapt.objective import IGNORE_INDEX
 from moadapt.passes import PassRequest, requesting
 from moadapt.routing import RoutingRecord
 

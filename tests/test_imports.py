@@ -110,7 +110,17 @@ def test_floor_3_never_imports_training_or_the_command_line() -> None:
     """Run configs and the command line (floor 5) stand above `train`."""
     above = ("moadapt.train", "moadapt.cli")
     core = ["config", "presets", "targets", "layer", "inject", "passes", "model", "saving", "per_layer"]
-    core += ["blocks", "partition", "calibration", "observing", "convert", "converted", "text_measure", "adjust"]
+    core += [
+        "objective",
+        "blocks",
+        "partition",
+        "calibration",
+        "observing",
+        "convert",
+        "converted",
+        "text_measure",
+        "adjust",
+    ]
     exporting = [name for name in sources() if name.startswith("moadapt.export")]
     assert "moadapt.export.stock" in exporting
     for name in [*(f"moadapt.{item}" for item in core), *exporting]:

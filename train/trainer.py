@@ -195,7 +195,7 @@ class MultiTaskTrainer:
             self._engine = DeepSpeedEngine(self.model, self.groups, config, self.deepspeed, self.processes)
             if self._checkpoint is not None:
                 self._engine.load_adapter_weights(self._checkpoint.weights)
-                self.model.load_loss_states(self._checkpoint.weights)
+                self.model.objective.load_states(self._checkpoint.weights)
         if self._checkpoint is not None:
             self._engine.load_optimizer_state(self._checkpoint.optimizer)
         self._steps = StepRunner(
@@ -432,7 +432,7 @@ class MultiTaskTrainer:
         if path is not None:
             weights = read_checkpoint(path).weights
             self._engine.load_adapter_weights(weights)
-            self.model.load_loss_states(weights)
+            self.model.objective.load_states(weights)
         elif self.state.best_step == 0:
             self._logger.show("no evaluation was better than the one before the first step; the last weights are kept")
         else:

@@ -347,16 +347,18 @@ def test_adaptive_losses_go_on_and_may_be_left_out(folder: Path, tmp_path: Path)
     loss = "losses: [{kind: target_sparsity, target: 0.3, initial_strength: 0.1}]"
     remoe = f"mixture={{preset: remoe, num_experts: 4, {loss}}}"
     go_on(folder, folder / "base", tmp_path / "one", remoe)
-    strength = MixtureModel.from_pretrained(None, tmp_path / "one").loss_states()["losses.target_sparsity.strength"]
+    strength = MixtureModel.from_pretrained(None, tmp_path / "one").objective.states()[
+        "losses.target_sparsity.strength"
+    ]
     assert float(strength) != 0.1
     go_on(folder, tmp_path / "one", tmp_path / "two", "training.learning_rate=1e-9")
     shares = [entry["train/aux/target_sparsity/active_share"] for entry in read_metrics(tmp_path / "two")[1:4]]
     for share in shares:
         strength = strength * (1.2 if share > 0.3 else 1 / 1.2)
-    again = MixtureModel.from_pretrained(None, tmp_path / "two").loss_states()["losses.target_sparsity.strength"]
+    again = MixtureModel.from_pretrained(None, tmp_path / "two").objective.states()["losses.target_sparsity.strength"]
     assert float(again) == pytest.approx(float(strength))
     go_on(folder, tmp_path / "one", tmp_path / "three", "mixture.losses=[]")
-    assert MixtureModel.from_pretrained(None, tmp_path / "three").loss_states() == {}
+    assert MixtureModel.from_pretrained(None, tmp_path / "three").objective.states() == {}
 
 
 def test_a_damaged_start_is_refused(trained: Path, project: Path, tmp_path: Path) -> None:

@@ -300,10 +300,10 @@ def test_target_sparsity_is_driven_by_the_share_of_a_step() -> None:
         assert float(model.last_losses["target_sparsity"]) == pytest.approx(strength * value / len(on), rel=1e-6)
         model.end_step({name: float(number) for name, number in model.last_losses.items()})
         strength *= 1.2 if share > 0.25 else 1 / 1.2
-        assert float(model.loss_states()["losses.target_sparsity.strength"]) == pytest.approx(strength)
+        assert float(model.objective.states()["losses.target_sparsity.strength"]) == pytest.approx(strength)
     fresh = by_router("relu", torch.float64, losses=[{"kind": "target_sparsity", "target": 0.25}])
-    fresh.load_loss_states(model.loss_states())
-    assert fresh.loss_states() == model.loss_states()
+    fresh.objective.load_states(model.objective.states())
+    assert fresh.objective.states() == model.objective.states()
 
 
 def test_block_distillation_needs_blocks() -> None:

@@ -385,10 +385,10 @@ def test_loss_states_are_saved(tmp_path: Path) -> None:
     model(**inputs_of("llama"))
     for _ in range(3):
         model.end_step({name: float(value) for name, value in model.last_losses.items()})
-    state = model.loss_states()
+    state = model.objective.states()
     assert list(state) == ["losses.target_sparsity.strength"]
     model.save_pretrained(tmp_path)
     again = MixtureModel.from_pretrained(FAMILIES["llama"].model(), tmp_path, is_trainable=True)
-    assert again.loss_states() == state
+    assert again.objective.states() == state
     want = 1e-8 * 1.2**3 if float(model.last_losses["target_sparsity/active_share"]) > 0.25 else 1e-8 / 1.2**3
     assert float(state["losses.target_sparsity.strength"]) == pytest.approx(want)
