@@ -354,7 +354,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--router-learning-rate", type=float, default=2e-2)
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5, help="of the experts that are active")
-    parser.add_argument("--coef", type=float, default=8.0, help="of DSMoE's penalty on G")
+    parser.add_argument("--coef", type=float, default=10.0, help="of DSMoE's penalty on G")
     parser.add_argument("--coef-on-s", type=float, default=3.0, help="of its penalty on S")
     parser.add_argument("--coef-without-ste", type=float, default=0.0, help="of its penalty without the estimator")
     parser.add_argument("--calibration-tokens", type=int, default=8192)

@@ -103,12 +103,13 @@ class Block:
         return features, neurons // 2 if self.layout.fused else neurons
 
     def output_dropout(self, model: nn.Module) -> float:
-        """Probability of dropping an output in training (GPT-2)."""
-        layout = self.layout
-        if layout.dropout is None or layout.dropout_inside:
+        """Probability of dropping an output in training: by a module (GPT-2), or a function (Starcoder2)."""
+        layout, owner = self.layout, model.get_submodule(self.owner)
+        if self.inline or layout.dropout_inside:
             return 0.0
-        module = self.part(model, layout.dropout)
-        return float(module.p) if isinstance(module, nn.Dropout) else 0.0
+        module = dict(owner.named_children()).get(layout.dropout or "")
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(owner, "residual_dropout", 0.0)
+        return float(rate) if isinstance(rate, (int, float)) else 0.0
 
 
 def find_blocks(model: PreTrainedModel, config: MixtureConfig) -> list[Block]:

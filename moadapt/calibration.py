@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moadapt.errors import DataError
-from moadapt.observing import Batch, logits, loss, masks, prepared, untouched, watching
+from moadapt.observing import Batch, logits, loss, masks, prepared, run, untouched, watching
 from moadapt.routing import Stream
 from moadapt.splits.base import BlockSample
 from moadapt.splits.clustering import RowPoints, balanced_k_means
@@ -96,7 +96,9 @@ def collect(
                 if gradients and num_clusters > 1:
                     head = model.get_output_embeddings()
                     stack.enter_context(watching(head, clusterer.hook(masks_BS["decoder"])))
-                logits(model, batch)
+                    logits(model, batch)  # the head must see all positions
+                else:
+                    run(model, batch)
             step()
         if gradients:
             clusters_B = clusterer.result(sum(len(batch["input_ids"]) for batch in given))

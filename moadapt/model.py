@@ -86,6 +86,7 @@ class MixtureModel(nn.Module):
         self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         checkpointing = any(module.gradient_checkpointing for module in self._checkpointable)
         self.mixture_config = config
+        self._is_trainable = is_trainable
         self.injection = inject(model, config, neuron_indices)
         self._handles = install_hooks(model)
         self.base_model = model
@@ -173,9 +174,10 @@ class MixtureModel(nn.Module):
         """Experts that are frozen under gates that are always 1 leave nothing that the loss depends on.
 
         Raises:
-            ConfigError: there are trainable tensors, and the loss depends on none of them.
+            ConfigError: such gates, or there are trainable tensors and the loss depends on none of them.
         """
-        if any(parameter.requires_grad for parameter in self._adapter.values()):
+        idle = self._is_trainable and not all(site.router.learns_from_task for site in self.injection.routers.values())
+        if idle or any(parameter.requires_grad for parameter in self._adapter.values()):
             raise ConfigError(
                 "router.combine: nothing that is trained has an influence on the loss: the gates of the "
                 f"{self.mixture_config.router.kind} router have no gradient and the experts are frozen. Set "

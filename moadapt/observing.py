@@ -53,6 +53,12 @@ def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return values
 
 
+def run(model: PreTrainedModel, batch: Batch) -> None:
+    """A forward pass for what hooks see; logits of the last position only, where the model can leave out the others."""
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits(model, {**batch, **few})  # type: ignore[dict-item]
+
+
 def loss(model: PreTrainedModel, batch: Batch, masks_BS: Mapping[Stream, Tensor]) -> Tensor:
     """The sum of the token losses: a scalar in fp32."""
     logits_BSV = logits(model, batch).float()

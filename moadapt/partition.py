@@ -17,7 +17,7 @@ from moadapt.experts.ffn_partition import FfnPartitionConfig, check_padding
 from moadapt.ffn import FeedForward, StackedExperts
 from moadapt.layer import PartitionLayer, RouterSite
 from moadapt.per_layer import value_at
-from moadapt.registry import EXPERTS, ROUTERS, SPLITS
+from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS
 from moadapt.routers.base import RouterSample
 from moadapt.routing import AdapterSwitch
 from moadapt.splits.base import BlockSample, Sizes, Split, index_lists, slices
@@ -116,9 +116,15 @@ def build_router(config: MixtureConfig, planned: PlannedBlock) -> RouterSite:
         raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {block.name}, which has {num_experts} experts")
     weight = planned.ffn.up_FD
     router = ROUTERS.build(router_config, planned.ffn.hidden_size, num_experts, device=weight.device)
-    router.requires_grad_(router.constant_weights() is None)
+    router.requires_grad_(router.constant_weights() is None and (router.learns_from_task or _reads_routings(config)))
     router.attach(planned.ffn.act)
     return RouterSite(block.name, router.to(torch.promote_types(weight.dtype, torch.float32)), block.stream)
+
+
+def _reads_routings(config: MixtureConfig) -> bool:
+    """Whether a loss trains the routers directly, and not through the experts' outputs."""
+    kinds = [LOSSES.get(loss.kind).cls for loss in config.losses]
+    return any(not kind.wants_reconstruction and not kind.wants_teacher_logits for kind in kinds)
 
 
 def fit_router(

@@ -235,6 +235,7 @@ def load_run_config(
         raise ConfigError(f"{path or 'overrides'}: {where}{str(error).splitlines()[0]}") from None
     _import_plugins(data.get("plugins"), folder)
     mixture = data.get("mixture")
+    _find_split(mixture, folder)
     if converts and isinstance(mixture, dict | None):
         data["mixture"] = conversion_options(mixture)
     else:
@@ -308,6 +309,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path}: needs options as `name: value` at the top")
     return {str(key): value for key, value in data.items()}
+
+
+def _find_split(mixture: Any, folder: Path) -> None:
+    """Index lists of a `file` split start where every path does."""
+    expert = mixture.get("expert") if isinstance(mixture, dict) else None
+    split = expert.get("split") if isinstance(expert, dict) else None
+    if isinstance(split, dict) and isinstance(split.get("path"), str) and (folder / split["path"]).exists():
+        split["path"] = str((folder / split["path"]).resolve())
 
 
 def _import_plugins(modules: Any, folder: Path) -> None:

@@ -125,6 +125,11 @@ class Router(nn.Module, ABC):
         """
         return
 
+    @property
+    def learns_from_task(self) -> bool:
+        """Whether the gates carry a gradient to the router, so that the task's loss can train it."""
+        return True
+
     def constant_weights(self) -> Tensor | None:
         """(N,) gate weights if they are the same for every input, else None."""
         return None

@@ -136,6 +136,11 @@ class NormRegressionRouter(Router):
             kept_TN[:, self.num_experts_per_tok :] = False
         return torch.zeros_like(kept_TN).scatter_(-1, order_TN, kept_TN)
 
+    @property
+    def learns_from_task(self) -> bool:
+        """Never: the weights are 1."""
+        return False
+
     @classmethod
     def needs_fit(cls, config: RouterConfig) -> bool:
         """Yes."""

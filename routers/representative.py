@@ -124,6 +124,11 @@ class RepresentativeRouter(Router):
             indices_TK=indices_TK,
         )
 
+    @property
+    def learns_from_task(self) -> bool:
+        """With `learned_scale` only: the other weights are 1."""
+        return self.config.learned_scale
+
     @classmethod
     def needs_fit(cls, config: RouterConfig) -> bool:
         """Yes."""

@@ -165,6 +165,11 @@ class TopKRouter(LinearRouter):
             temperature, kept = self.config.temperature, self.num_experts_per_tok
             fit_prior_approximate(parameters, lambda x: self.logits(x) / temperature, sample, kept, self.config.fit)
 
+    @property
+    def learns_from_task(self) -> bool:
+        """Not with gates that are always 1."""
+        return self.config.combine != "unit"
+
     def constant_weights(self) -> Tensor | None:
         """With one expert whose softmax is always 1, or `unit` weights for all experts, these; None otherwise."""
         unit = self.config.combine == "unit" and self.num_experts_per_tok == self.num_experts

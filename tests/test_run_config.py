@@ -190,6 +190,13 @@ def test_paths_start_at_the_config_then_here(tmp_path: Path, monkeypatch: pytest
     assert load_run_config(write(beside), ["model_name_or_path=org/name"]).model_name_or_path == "org/name"
 
 
+def test_index_lists_of_a_split_start_at_the_config(tmp_path: Path) -> None:
+    (tmp_path / "lists.json").write_text("{}", encoding="utf-8")
+    mixture = "mixture: {expert: {kind: ffn_partition, split: {kind: file, path: lists.json}}}\n"
+    config = load_run_config(write(tmp_path, mixture))
+    assert config.mixture.expert.split.path == str(tmp_path / "lists.json")
+
+
 def test_quantisation_options_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         load_run_config(write(tmp_path), ["load_in_4bit=true", "load_in_8bit=true"])

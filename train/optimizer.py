@@ -38,7 +38,10 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """
     adapter = [(name, parameter) for name, parameter in model.adapter_parameters() if parameter.requires_grad]  # type: ignore[operator]
     if not adapter:
-        raise ConfigError("mixture: the model has no trainable adapter tensor (loaded without is_trainable=True?)")
+        raise ConfigError(
+            "mixture: the model has no trainable adapter tensor. Load it with is_trainable=True; a converted model "
+            "under gates of weight 1 needs expert.trainable: true or expert.lora besides"
+        )
     known = {id(parameter) for _, parameter in adapter}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if others:

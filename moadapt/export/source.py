@@ -47,7 +47,7 @@ class SourceBlock:
     replacement: Replacement
     gate: Gate | str
 
-    @cached_property
+    @property
     def halves(self) -> tuple[StackedExperts | None, StackedExperts]:
         """(shared, routed) with LoRA folded in, detached."""
         with torch.no_grad():

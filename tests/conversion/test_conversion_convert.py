@@ -359,3 +359,41 @@ def test_a_model_in_training_mode_converts_to_one_in_training_mode() -> None:
     base = FAMILIES["llama"].model().train()
     model = convert_ffn_to_experts(base, mixture_options(4), calibration_batches())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"kind": "top_k", "combine": "unit"},
+        {"kind": "representative"},
+        {"kind": "norm_regression"},
+    ],
+    ids=lambda router: router["kind"],
+)
+def test_a_router_that_nothing_trains_is_frozen(router: dict[str, Any]) -> None:
+    """Optimizers would decay it: no loss gives it a gradient. A loss of routings does."""
+    expert = {"trainable": True, "padding": True}
+    for losses, trains in (([], False), (["block_distillation"], False), (["load_balance"], True)):
+        options = {"num_experts": 4, "router": router, "expert": expert, "losses": losses}
+        model = converted(options, calibration=calibration_batches()).train()
+        weights = [p for name, p in model.adapter_parameters() if ".router." in name]
+        assert weights
+        assert all(p.requires_grad == trains for p in weights)
+        model(**inputs_of("llama")).loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in model.adapter_parameters())
+
+
+def test_dropout_by_a_function_is_kept() -> None:
+    """Starcoder2 drops outputs of its block without a module for it."""
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    base = Starcoder2ForCausalLM(Starcoder2Config(**sizes, **heads, residual_dropout=0.25))
+    model = convert_ffn_to_experts(base, {"num_experts": 3})
+    layer = model.injection.layers[FIRST].train()
+    assert layer.output_dropout == 0.25
+    torch.manual_seed(0)
+    dropped = layer(torch.randn(1, 400, 16)) == 0
+    assert 0.2 < float(dropped.float().mean()) < 0.3
+    assert not (layer.eval()(torch.randn(1, 400, 16)) == 0).any()
