@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from moadapt.adapter_tensors import buffers_of, copy_into
 from moadapt.adjust import set_num_experts_per_tok, set_router_threshold
 from moadapt.config import MixtureConfig, parse_mixture_config
 from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
 from moadapt.inject import adapter_roles, inject
-from moadapt.layer import MixtureLayer
+from moadapt.merging import fold_into_base
 from moadapt.objective import IGNORE_INDEX, Objective
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
 from moadapt.routing import checkpoint_context_fn
@@ -250,14 +249,7 @@ class MixtureModel(nn.Module):
 
     def adapter_buffers(self) -> dict[str, Tensor]:
         """What the adapter remembers and does not train, by name: index lists of experts, states of losses."""
-        modules = dict(self.base_model.named_modules())
-        buffers: dict[str, Tensor] = {}
-        for name in self.injection.layers:
-            for part in (f"{name}.experts", f"{name}.router"):
-                persistent = modules[part].state_dict() if part in modules else {}
-                known = {key for key, _ in modules[part].named_parameters()} if part in modules else set()
-                buffers |= {f"{part}.{key}": value for key, value in persistent.items() if key not in known}
-        return buffers | self.objective.states()
+        return buffers_of(self.base_model, self.injection) | self.objective.states()
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Detached tensors of the adapter by name."""
@@ -277,28 +269,7 @@ class MixtureModel(nn.Module):
         Raises:
             AdapterError: a name is missing or left over, or a shape or an index list differs; nothing is changed then.
         """
-        buffers = self.adapter_buffers()
-        known = {**self._adapter, **buffers}
-        problems = [f"missing: {name}" for name in self._adapter if name not in tensors and name not in optional]
-        problems += [f"left over: {name}" for name in tensors if name not in known]
-        problems += [
-            f"shape of {name}: {tuple(tensors[name].shape)} in the file, {tuple(mine.shape)} in the model"
-            for name, mine in known.items()
-            if name in tensors and tensors[name].shape != mine.shape
-        ]
-        if not problems:
-            problems = [
-                f"{name}: other neurons than in the model"
-                for name, mine in buffers.items()
-                if name.endswith(INDICES) and name in tensors and not torch.equal(tensors[name].cpu(), mine.cpu())
-            ]
-        if problems:
-            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-            shown = "\n  ".join(problems[:10])
-            raise AdapterError(f"{source} does not fit this model and config:\n  {shown}{more}")
-        for name, parameter in known.items():
-            if name in tensors:
-                parameter.copy_(tensors[name])
+        copy_into(self._adapter, self.adapter_buffers(), tensors, source, optional)
         self.objective.load_states(tensors)
 
     def state_dict(  # type: ignore[override]
@@ -413,34 +384,7 @@ class MixtureModel(nn.Module):
             AdapterError: a layer's routing depends on its input, so no single weight equals it; or its base weight is
                 quantised, or tied to another module's. Nothing is changed then.
         """
-        gates: dict[str, Tensor] = {}
-        owners = Counter(id(p) for _, p in self.base_model.named_parameters(remove_duplicate=False))
-        layers = {name: layer for name, layer in self.injection.layers.items() if isinstance(layer, MixtureLayer)}
-        if len(layers) < len(self.injection.layers):
-            raise AdapterError(
-                "routed experts in the place of a feed-forward block cannot be merged into one; export the model "
-                "(moadapt export), or unload() it to get the dense block back"
-            )
-        for name, layer in layers.items():
-            constant = self.injection.routers[layer.ruled_by].router.constant_weights()
-            if constant is None:
-                raise AdapterError(
-                    f"cannot merge {name}: its routing depends on the input, so no single weight equals the mixture. "
-                    "Keep the adapter beside the base model, or train with num_experts: 1"
-                )
-            if not layer.weight.dtype.is_floating_point:
-                raise AdapterError(f"cannot merge {name}: its base weight is quantised; load it unquantised")
-            if owners[id(layer.weight)] > 1:
-                raise AdapterError(
-                    f"cannot merge {name}: its base weight is tied to another module's, which would change too; untie "
-                    "them (tie_word_embeddings: false) before training, or keep the adapter beside the base model"
-                )
-            gates[name] = constant
-        for name, layer in layers.items():
-            weight = layer.weight
-            delta_OI = layer.delta_weight(gates[name])
-            delta = delta_OI.T if isinstance(layer.base_layer, Conv1D) else delta_OI
-            weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+        fold_into_base(self.base_model, self.injection)
         return self._leave(merged=True)
 
     def unload(self) -> PreTrainedModel:
