@@ -23,12 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moadapt.errors import ConfigError
 from moadapt.per_layer import OptionalPerLayerInt
 from moadapt.registry import ROUTERS
 from moadapt.routers.base import Router, RouterConfig, RouterSample, linear_logits
 from moadapt.routers.fitting import FitConfig, chunks, descend, in_fp32, required_inputs
 from moadapt.routers.gates import RescaleActive, rescaled
+from moadapt.routers.threshold import Thresholded
 from moadapt.routing import Routing, RoutingContext
 
 
@@ -58,7 +58,7 @@ class NormRegressionRouterConfig(RouterConfig):
 
 
 @ROUTERS.register("norm_regression", NormRegressionRouterConfig)
-class NormRegressionRouter(Router):
+class NormRegressionRouter(Thresholded, Router):
     """Keeps the experts whose output is predicted to be large. See the module's docstring for the equations."""
 
     config: NormRegressionRouterConfig
@@ -88,21 +88,6 @@ class NormRegressionRouter(Router):
         """Draw both matrices from N(0, init_std²). `fit` starts from other weights."""
         nn.init.normal_(self.hidden_weight, std=self.config.init_std)
         nn.init.normal_(self.weight, std=self.config.init_std)
-
-    @property
-    def threshold(self) -> float:
-        """See the option; may be set at any time.
-
-        Raises:
-            ConfigError: a value outside of [0, 1).
-        """
-        return self._threshold
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"threshold: {value} is not in [0, 1); choose a share of predicted norms")
-        self._threshold = value
 
     def predict(self, hidden_states: Tensor) -> Tensor:
         """Predicted norms, (T, D) -> (T, N)."""

@@ -33,6 +33,7 @@ from moadapt.errors import ConfigError
 from moadapt.registry import ROUTERS
 from moadapt.routers.gates import RescaleActive, rescaled
 from moadapt.routers.linear import LinearRouter, LinearRouterConfig
+from moadapt.routers.threshold import Thresholded
 from moadapt.routing import Routing, RoutingContext
 
 
@@ -71,7 +72,7 @@ class SigmoidSTERouterConfig(LinearRouterConfig):
 
 
 @ROUTERS.register("sigmoid_ste", SigmoidSTERouterConfig)
-class SigmoidSTERouter(LinearRouter):
+class SigmoidSTERouter(Thresholded, LinearRouter):
     """Keeps every expert above the threshold. See the module's docstring for the equations."""
 
     config: SigmoidSTERouterConfig
@@ -83,21 +84,6 @@ class SigmoidSTERouter(LinearRouter):
         if config.min_active > num_experts:
             raise ConfigError(f"router.min_active: {config.min_active} exceeds the {num_experts} experts; lower it")
         self._threshold = config.threshold
-
-    @property
-    def threshold(self) -> float:
-        """Experts whose sigmoid is above it are kept. May be set at any time.
-
-        Raises:
-            ConfigError: a value outside of [0, 1).
-        """
-        return self._threshold
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"threshold: {value} is not in [0, 1), the range of sigmoids; choose one there")
-        self._threshold = value
 
     def forward(self, hidden_states: Tensor, context: RoutingContext) -> Routing:
         """(T, D) -> Routing with the experts above the threshold selected; in gradient mode, straight-through."""

@@ -64,7 +64,7 @@ class LinearScores(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> weights (T, N) and bool (T, N), which experts are kept."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is no router of its own")
 
     def rescaled(self, weights_TN: Tensor, selected_TN: Tensor) -> Tensor:
         """The weights times the factor that `rescale` names."""
