@@ -145,22 +145,39 @@ def _forward(
 
 def _one_token(x_1D: Tensor, weights_1N: Tensor, selected_1N: Tensor, experts: StackedExperts) -> Tensor:
     """The forward pass of `union` for one token, in as few steps as can be: at this size each of them is felt."""
-    weights_N = weights_1N[0]
+    runs, active = _runs(selected_1N[0].tolist())
+    if active == 0:
+        return torch.zeros_like(x_1D)
+    inner_EP = x_1D.new_empty(active, experts.in_NPD.shape[1])
+    for first, end, start in runs:
+        in_FD = experts.in_NPD[first:end].flatten(0, 1)
+        torch.mm(x_1D, in_FD.T, out=inner_EP[start : start + end - first].view(1, -1))
+    if experts.in_bias_NP is not None:
+        inner_EP += experts.in_bias_NP[selected_1N[0]]
+    h_EM = _hidden(inner_EP, experts).mul_(weights_1N[selected_1N].unsqueeze(-1))
     sum_1D: Tensor | None = None
-    first: int | None = None
-    for expert, on in enumerate([*selected_1N[0].tolist(), False]):
-        if on:
-            first = expert if first is None else first
-            continue
-        if first is None:
-            continue
-        bias = None if experts.in_bias_NP is None else experts.in_bias_NP[first:expert].flatten()
-        inner_1 = nn.functional.linear(x_1D, experts.in_NPD[first:expert].flatten(0, 1), bias)
-        h_EM = _hidden(inner_1.view(expert - first, -1), experts).mul_(weights_N[first:expert, None])
-        y_1D = torch.mm(h_EM.view(1, -1), experts.out_NMD[first:expert].flatten(0, 1))
-        sum_1D = y_1D if sum_1D is None else sum_1D.to(weights_N.dtype) + y_1D
-        first = None
-    return torch.zeros_like(x_1D) if sum_1D is None else sum_1D.to(x_1D.dtype)
+    for first, end, start in runs:
+        h_1F, out_FD = h_EM[start : start + end - first].view(1, -1), experts.out_NMD[first:end].flatten(0, 1)
+        if sum_1D is None:
+            sum_1D = torch.mm(h_1F, out_FD)
+        elif sum_1D.dtype == out_FD.dtype and out_FD.dtype in (torch.float32, torch.float64):
+            sum_1D.addmm_(h_1F, out_FD)
+        else:  # half precision is added up in fp32
+            sum_1D = sum_1D.float() + torch.mm(h_1F, out_FD)
+    assert sum_1D is not None
+    return sum_1D.to(x_1D.dtype)
+
+
+def _runs(selected: list[bool]) -> tuple[list[tuple[int, int, int]], int]:
+    """Runs of neighbouring experts that are on, (first, end, experts on before it), and how many are on."""
+    runs, active, first = [], 0, -1
+    for expert, on in enumerate([*selected, False]):
+        if on and first < 0:
+            first = expert
+        elif not on and first >= 0:
+            runs.append((first, expert, active))
+            active, first = active + expert - first, -1
+    return runs, active
 
 
 def _accumulate(sum_TD: Tensor | None, block: Block, y_CD: Tensor, num_tokens: int, alone: bool) -> Tensor:
