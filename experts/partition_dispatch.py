@@ -7,6 +7,7 @@ other pairs need 3 of 9 products), computing selected pairs only costs about
 
 and is done up to a cost of `break_even`. `rate` is what gathering adds to a product of many rows; `per_row` says from
 how many tokens on products are bound by arithmetic and no longer by reading weights; `per_call` is what a call costs.
+With t threads on a CPU the last term counts sqrt(t) times: small products share out worse than large ones.
 
 The figures for CPUs were fitted to timings as in `benchmarks/ffn_speed.py`, over 1 to 1024 tokens, 64 to 1024 features,
 4 to 16 experts and shares of 1/4 to 3/4, on a server CPU with AVX-512 (bf16 instructions, no AMX). With AMX, which is
@@ -76,6 +77,8 @@ def choose_body(x_TD: Tensor, routing: Routing, experts: StackedExperts, gradien
     fixed = (costs.per_row + costs.per_call / (width * features)) / max(tokens, 1)
     if full and not x_TD.is_cuda and not straight_through and width * features >= LARGE_EXPERT:
         fixed = min(fixed, FEW_TOKENS_COST)
+    if not x_TD.is_cuda:
+        fixed *= torch.get_num_threads() ** 0.5
     break_even = min(costs.break_even, 0.98) if straight_through else costs.break_even
     if fixed >= break_even:
         return "dense"
