@@ -61,7 +61,7 @@ def cases(tokens: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
 
     return {
         "prefill, 1 x 512": prefill(1, 512),
-        "prefill, 4 x 512": prefill(4, 512),
+        "prefill, 2 x 512": prefill(2, 512),
         f"generation, batch 1, {tokens} tokens": decode(1),
         f"generation, batch 8, {tokens} tokens": decode(8),
     }

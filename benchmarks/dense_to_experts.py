@@ -53,7 +53,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "gradient": {"kind": "gradient"},
     "gradient, 2 shared": {"kind": "gradient"},
 }
-THRESHOLDS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+THRESHOLDS = [0.2, 0.3, 0.4, 0.45, 0.48, 0.49, 0.5, 0.51, 0.52, 0.55, 0.6, 0.7, 0.8]
 
 
 def routers(kept: int) -> dict[str, dict[str, Any]]:
@@ -280,6 +280,8 @@ def heal(args: argparse.Namespace, rows: Tensor, calibration: Batches, test: dic
     """Scores of every healed arm and seed, and the sweep of DSMoE."""
     results, sweep = [], []
     for name, build in arms(args, calibration).items():
+        if args.arms and name not in args.arms:
+            continue
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             model = build()
@@ -359,6 +361,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--coef-without-ste", type=float, default=0.0, help="of its penalty without the estimator")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", help="names of the arms to heal; default: all")
     parser.add_argument("--only", choices=["training-free", "healed"])
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -386,7 +389,10 @@ def main() -> None:
     result["healing_tokens"] = round(args.steps * args.batch_size * per_row)
     result["dense"] = {name: evaluate(load(args.model), data)["perplexity"] for name, data in test.items()}
     result |= {"training_free": [], "healed": [], "sweep": []}
-    total = {"training-free": len(SPLITS) * 2 * len(routers(1)), "healed": len(arms(args, [])) * args.seeds}
+    total = {
+        "training-free": len(SPLITS) * 2 * len(routers(1)),
+        "healed": len(args.arms or arms(args, [])) * args.seeds,
+    }
     with Progress(console=Console(stderr=True)) as progress:
         for stage in _stages(args):
             task = progress.add_task(stage, total=total[stage])

@@ -62,7 +62,19 @@ def install_hooks(model: PreTrainedModel) -> list[RemovableHandle]:
     for module in modules:
         handles.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
         handles.append(module.register_forward_hook(_leave, always_call=True))
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        handles.append(head.register_forward_pre_hook(_contiguous))
     return handles
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Generation reads the last position of every row, a slice.
+
+    On a slice torch multiplies row by row, and copies a frozen weight once for each row (a trainable one it does not).
+    For a vocabulary's weight that takes longer than the rest of the model.
+    """
+    return tuple(item.contiguous() if isinstance(item, Tensor) else item for item in args)
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -193,3 +193,16 @@ def test_jitter_leaves_what_other_layers_read_alone() -> None:
     model(**batch())
     assert len(seen) == 2
     assert all(torch.equal(hidden, copy) for hidden, copy in seen)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+def test_the_output_head_reads_contiguous_rows(family: str) -> None:
+    """torch would copy a frozen head's weight once for every row of a slice."""
+    model, seen = mixture_model(CONFIG, family).eval(), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    inputs = batch(rows=3, family=family)
+    inputs.pop("labels")
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert seen
+    assert all(seen)
