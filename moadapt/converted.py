@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moadapt.errors import AdapterError
-from moadapt.saving import CONFIG_FILE, save_adapter
+from moadapt.saving import save_adapter
 
 if TYPE_CHECKING:
     from moadapt.model import MixtureModel
@@ -79,22 +79,12 @@ def save_converted(
     folder = Path(directory)
     if folder.is_file():
         raise AdapterError(f"{folder} is a file; a converted model is saved as a folder")
+    tensors = dense_state_dict(model)
     folder.mkdir(parents=True, exist_ok=True)
-    model.base_model.save_pretrained(folder, state_dict=dense_state_dict(model), max_shard_size=max_shard_size)
+    model.base_model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
+    del tensors
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     save_adapter(model, folder, with_base=True)
     if report is not None:
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def is_converted(folder: str | Path) -> bool:
-    """Whether a folder holds a mixture whose experts were cut from feed-forward blocks."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return False
-    try:
-        expert = json.loads(path.read_text(encoding="utf-8"))["mixture"]["expert"]
-    except (ValueError, KeyError, TypeError):
-        return False  # whoever reads it next says what is wrong with it
-    return isinstance(expert, dict) and expert.get("kind") == "ffn_partition"
