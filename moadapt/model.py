@@ -68,6 +68,7 @@ class MixtureModel(nn.Module):
         last_losses: the parts of the last loss, detached scalars: `lm`, every auxiliary loss by its kind before its
             coefficient, and `aux`, their weighted sum.
         objective: the auxiliary losses.
+        experts_trained: whether the weights of experts cut from blocks are, or were before, trained.
         accepts_loss_kwargs: tells transformers' `Trainer` that `num_items_in_batch` is understood.
     """
 
@@ -86,6 +87,7 @@ class MixtureModel(nn.Module):
         checkpointing = any(module.gradient_checkpointing for module in self._checkpointable)
         self.mixture_config = config
         self._is_trainable = is_trainable
+        self.experts_trained = bool(getattr(config.expert, "trainable", False))
         self.injection = inject(model, config, neuron_indices)
         self._handles = install_hooks(model)
         self.base_model = model
@@ -429,10 +431,11 @@ class MixtureModel(nn.Module):
             if not saved.get("name_or_path"):
                 raise AdapterError(f"{adapter} does not name its base model; load that yourself and pass it")
             model = load_base_model(saved["name_or_path"])
-        check_base(model, before, saved, adapter)
+        check_base(model, saved, adapter)
         tensors = read_tensors(adapter)
         lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
         mixture = cls(model, config, lists or None, is_trainable=is_trainable)
+        mixture.experts_trained |= bool(saved.get("experts_trained"))
         optional = not_in_file(mixture._adapter, before, saved)
         if changes:  # states of losses that are left out now
             states = mixture.objective.states()

@@ -109,7 +109,9 @@ def save_adapter(
     if empty:
         raise AdapterError(f"{empty[0]} is empty: ZeRO-3 has partitioned it; save through the trainer")
     name = HERE if with_base else model.base_model.name_or_path
-    base = {"name_or_path": name, **({"holds_experts": True} if with_base else {}), **base_identity(model.base_model)}
+    base = {"name_or_path": name, **base_identity(model.base_model)}
+    if with_base:
+        base |= {"holds_experts": True, "experts_trained": model.experts_trained}
     document = {
         "format_version": FORMAT_VERSION,
         "moadapt_version": moadapt.__version__,
@@ -267,12 +269,11 @@ def adapter_folder(adapter: str | Path) -> Path:
         raise AdapterError(f"{adapter}: no such folder, and no hub repository to fetch ({error})") from None
 
 
-def check_base(model: PreTrainedModel, config: MixtureConfig, saved: dict[str, Any], adapter: str | Path) -> None:
+def check_base(model: PreTrainedModel, saved: dict[str, Any], adapter: str | Path) -> None:
     """Compare a model with the base model that an adapter was trained on.
 
     Args:
         model: the model.
-        config: the mixture as it was saved.
         saved: what was saved about its base model.
         adapter: a folder, or the id of a hub repository.
 
@@ -288,7 +289,7 @@ def check_base(model: PreTrainedModel, config: MixtureConfig, saved: dict[str, A
         name = saved.get("name_or_path")
         raise AdapterError(f"{adapter} was trained on another base model ({name}): " + "; ".join(differences))
     given = model.name_or_path
-    if saved.get("holds_experts") and getattr(config.expert, "trainable", False) and not _same_place(given, adapter):
+    if saved.get("holds_experts") and saved.get("experts_trained", True) and not _same_place(given, adapter):
         raise AdapterError(
             f"{adapter} holds trained experts as a part of its own base model, and {given or 'the model'} is another "
             "one, without them; load the base model from there (in Python pass None, or from_pretrained of the "

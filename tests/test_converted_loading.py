@@ -71,6 +71,18 @@ def test_trained_experts_are_not_lost_on_another_base(tmp_path: Path) -> None:
         torch.testing.assert_close(MixtureModel.from_pretrained(base, tmp_path)(input_ids=IDS).logits, want)
 
 
+def test_experts_that_were_trained_once_are_not_lost_either(tmp_path: Path) -> None:
+    """Trained, saved whole, then frozen under LoRA and saved whole again."""
+    saved(tmp_path / "trained", {"trainable": True})
+    changes = {"expert": {"trainable": False, "lora": {"r": 2}}}
+    model = MixtureModel.from_pretrained(None, tmp_path / "trained", is_trainable=True, changes=changes).eval()
+    save_converted(model, tmp_path / "frozen")
+    want = model(input_ids=IDS).logits
+    with pytest.raises(AdapterError, match="holds trained experts as a part of its own base model"):
+        MixtureModel.from_pretrained(dense(), tmp_path / "frozen")
+    assert torch.equal(MixtureModel.from_pretrained(None, tmp_path / "frozen")(input_ids=IDS).logits, want)
+
+
 def test_frozen_experts_go_onto_their_first_base(tmp_path: Path) -> None:
     want = saved(tmp_path, {"lora": {"r": 2}})
     torch.testing.assert_close(MixtureModel.from_pretrained(dense(), tmp_path)(input_ids=IDS).logits, want)
