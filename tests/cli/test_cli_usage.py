@@ -221,7 +221,12 @@ def test_other_processes_than_the_first_print_errors_only(project: Path) -> None
 def test_interrupt_exits_130_without_a_traceback(project: Path, tmp_path: Path) -> None:
     arguments = ["train", str(project), f"training.output_dir={tmp_path / 'out'}", "training.max_steps=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moadapt", *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "moadapt", *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts what runs in its background with this signal ignored, and everything below inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = tmp_path / "out" / "metrics.jsonl"
     for _ in range(600):
