@@ -55,6 +55,8 @@ def goal(mode: str, dtype: str, tokens: int, experts: int, threads: int) -> floa
 
 
 class DenseBlock(nn.Module):
+    """The peer: gate, up and down as three linear layers."""
+
     def __init__(self, features: int, neurons: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(features, neurons, bias=False, dtype=dtype)
@@ -74,6 +76,7 @@ class DenseBlock(nn.Module):
 
 
 def make_routing(tokens: int, experts: int, active: int, straight_through: bool, trained: bool) -> Routing:
+    """`active` experts of every token, drawn at random, with random weights."""
     indices_TK = torch.rand(tokens, experts).topk(active, dim=-1).indices
     selected_TN = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(-1, indices_TK, True)
     weights_TN = (torch.rand(tokens, experts) * selected_TN).requires_grad_(trained)
@@ -125,6 +128,7 @@ def measure(args: argparse.Namespace, mode: str, tokens: int, bodies: list[str])
 
 
 def main() -> None:
+    """Time everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])

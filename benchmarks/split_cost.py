@@ -67,6 +67,7 @@ def measure(kind: str, total: int, shared: int, hidden: int, neurons: int, token
 
 
 def main() -> None:
+    """Time everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--neurons", type=int, default=11008)

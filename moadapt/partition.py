@@ -93,12 +93,12 @@ def split_without_samples(planned: PlannedBlock) -> Tensor:
             "calibration.path (in Python convert_ffn_to_experts with calibration), or another split"
         )
     if planned.ffn.up_FD.is_meta:  # only sizes are wanted
-        return placeholder_indices(planned.sizes)
+        return consecutive_indices(planned.sizes)
     return split.assign(planned.ffn, planned.sizes, BlockSample(), planned.block.name)
 
 
-def placeholder_indices(sizes: Sizes) -> Tensor:
-    """Index lists of the right sizes for a model without weights."""
+def consecutive_indices(sizes: Sizes) -> Tensor:
+    """Index lists of consecutive neurons: for a model without weights, of which only sizes are wanted."""
     experts = sizes.num_shared + sizes.num_experts
     return index_lists(slices(torch.arange(sizes.num_neurons), sizes.counts), -(-sizes.num_neurons // experts))
 

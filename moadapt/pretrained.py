@@ -90,7 +90,7 @@ def empty_mixture(config: RunConfig, *, as_converted: bool = False) -> MixtureMo
         ConfigError: the mixture does not fit the base model.
     """
     from moadapt.model import MixtureModel
-    from moadapt.partition import check_config, placeholder_indices, plan_blocks
+    from moadapt.partition import check_config, consecutive_indices, plan_blocks
     from moadapt.saving import INDICES, read_tensors
 
     assert config.mixture is not None
@@ -100,7 +100,7 @@ def empty_mixture(config: RunConfig, *, as_converted: bool = False) -> MixtureMo
         lists = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
     elif as_converted and _replaces_blocks(config):
         check_config(config.mixture)
-        lists = {item.block.name: placeholder_indices(item.sizes) for item in plan_blocks(base, config.mixture)}
+        lists = {item.block.name: consecutive_indices(item.sizes) for item in plan_blocks(base, config.mixture)}
     return MixtureModel(base, config.mixture, lists or None)
 
 

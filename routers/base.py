@@ -139,6 +139,20 @@ class Router(nn.Module, ABC):
         return f"in_features={self.in_features}, num_experts={self.num_experts}"
 
 
+class FittedRouter(Router):
+    """A router that means nothing before `fit`, which reads the blocks' inputs on calibration text."""
+
+    @classmethod
+    def needs_fit(cls, config: RouterConfig) -> bool:
+        """Yes."""
+        return True
+
+    @classmethod
+    def needs_inputs(cls, config: RouterConfig) -> bool:
+        """Yes."""
+        return True
+
+
 def linear_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """`hidden_states @ weight.T` in router precision, also under autocast: (T, D), (N, D) -> (T, N)."""
     dtype = router_dtype(hidden_states)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moadapt.per_layer import OptionalPerLayerInt
 from moadapt.registry import ROUTERS
-from moadapt.routers.base import Router, RouterConfig, RouterSample, linear_logits
+from moadapt.routers.base import FittedRouter, RouterConfig, RouterSample, linear_logits
 from moadapt.routers.fitting import FitConfig, chunks, descend, in_fp32, required_inputs
 from moadapt.routers.gates import RescaleActive, rescaled
 from moadapt.routers.threshold import Thresholded
@@ -58,7 +58,7 @@ class NormRegressionRouterConfig(RouterConfig):
 
 
 @ROUTERS.register("norm_regression", NormRegressionRouterConfig)
-class NormRegressionRouter(Thresholded, Router):
+class NormRegressionRouter(Thresholded, FittedRouter):
     """Keeps the experts whose output is predicted to be large. See the module's docstring for the equations."""
 
     config: NormRegressionRouterConfig
@@ -125,16 +125,6 @@ class NormRegressionRouter(Thresholded, Router):
     def learns_from_task(self) -> bool:
         """Never: the weights are 1."""
         return False
-
-    @classmethod
-    def needs_fit(cls, config: RouterConfig) -> bool:
-        """Yes."""
-        return True
-
-    @classmethod
-    def needs_inputs(cls, config: RouterConfig) -> bool:
-        """Yes."""
-        return True
 
     def fit(self, sample: RouterSample) -> None:
         """Regress the norms of the experts' outputs on the calibration inputs.

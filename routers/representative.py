@@ -29,7 +29,7 @@ from moadapt.errors import ConfigError
 from moadapt.ffn import Activation, StackedExperts
 from moadapt.per_layer import PerLayerInt
 from moadapt.registry import ROUTERS
-from moadapt.routers.base import Router, RouterConfig, RouterSample, linear_logits
+from moadapt.routers.base import FittedRouter, RouterConfig, RouterSample, linear_logits
 from moadapt.routers.fitting import chunks, in_fp32, required_inputs
 from moadapt.routers.gates import Rescale, rescaled
 from moadapt.routers.linear import real_neurons
@@ -59,7 +59,7 @@ class RepresentativeRouterConfig(RouterConfig):
 
 
 @ROUTERS.register("representative", RepresentativeRouterConfig)
-class RepresentativeRouter(Router):
+class RepresentativeRouter(FittedRouter):
     """Keeps the K experts whose representative neuron is most active. See the module's docstring."""
 
     config: RepresentativeRouterConfig
@@ -128,16 +128,6 @@ class RepresentativeRouter(Router):
     def learns_from_task(self) -> bool:
         """With `learned_scale` only: the other weights are 1."""
         return self.config.learned_scale
-
-    @classmethod
-    def needs_fit(cls, config: RouterConfig) -> bool:
-        """Yes."""
-        return True
-
-    @classmethod
-    def needs_inputs(cls, config: RouterConfig) -> bool:
-        """Yes."""
-        return True
 
     def fit(self, sample: RouterSample) -> None:
         """Find the representatives and copy their rows.
