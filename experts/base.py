@@ -18,7 +18,7 @@ from moadapt.per_layer import PerLayerInt
 from moadapt.registry import KindConfig
 from moadapt.routing import Routing
 
-Role = Literal["router", "down", "up", "shared_down", "other"]
+Role = Literal["router", "activation", "down", "up", "shared_down", "other"]
 
 
 class ExpertConfig(KindConfig):
@@ -62,6 +62,9 @@ class ExpertBank(nn.Module, ABC):
     """What each parameter is, for parameter groups; a name that is missing is `other`."""
     replaces_block: ClassVar[bool] = False
     """Whether the experts take the place of a whole feed-forward block, and do not add to a linear layer."""
+    per_sequence: ClassVar[bool] = False
+    """Whether `forward` takes routings of granularity `prompt` and `task` as they are, with a row for each sequence.
+    For the others they are spread over the tokens first."""
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class ExpertBank(nn.Module, ABC):
 
         Args:
             x_TI: the base layer's input.
-            routing: gate weights of each row of `x_TI`.
+            routing: gate weights of each row of `x_TI`; for `per_sequence` kinds, also of each sequence.
             base: the base layer, for the bank to run on `x_TI` when it suits it; or (T, O), what the layer has made
                 of `x_TI` already, which may be overwritten.
 
@@ -99,6 +102,15 @@ class ExpertBank(nn.Module, ABC):
         Raises:
             ConfigError: a kind that has no such matrix says why.
         """
+
+    def mixed_delta(self, gates_N: Tensor) -> Tensor:
+        """(O, I): what all experts with these gates add to the base weight, in the wider dtype of both.
+
+        Raises:
+            ConfigError: a kind whose experts have no such matrix says why.
+        """
+        deltas = [gate * self.delta_weight(expert) for expert, gate in enumerate(gates_N)]
+        return torch.stack(deltas).sum(0)
 
     @abstractmethod
     def num_active_params(self, num_experts_per_tok: int) -> int:
@@ -125,9 +137,16 @@ class ExpertBank(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"
 
     def _check_rows(self, x_TI: Tensor, routing: Routing) -> None:
-        if routing.weights_TN.shape != (x_TI.shape[0], self.num_experts):
+        tokens, (rows, num_experts) = x_TI.shape[0], routing.weights_TN.shape
+        if routing.granularity == "token":
+            fits = rows == tokens
+        elif routing.rows_T is None:
+            fits = tokens == 0 if rows == 0 else tokens % rows == 0
+        else:
+            fits = tokens == routing.rows_T.shape[0]
+        if not fits or num_experts != self.num_experts:
             raise ConfigError(
-                f"this layer got {x_TI.shape[0]} tokens for {self.num_experts} experts but a routing of shape "
-                f"{tuple(routing.weights_TN.shape)}; a router can only rule layers that see the same tokens as its "
+                f"this layer got {tokens} tokens for {self.num_experts} experts but a routing of shape "
+                f"{(rows, num_experts)}; a router can only rule layers that see the same tokens as its "
                 "input: use scope: linear for this layer"
             )

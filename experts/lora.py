@@ -3,7 +3,8 @@
     y = W0 x + s sum_e g_e B_e A_e dropout(x),    s = lora_alpha / r   (rsLoRA, 2312.03732: lora_alpha / sqrt(r))
 
 A_e is Kaiming-uniform (a = sqrt 5), B_e = 0. With `shared_down` all experts share one A, which is HydraLoRA
-(2404.19245): y = W0 x + s sum_e g_e B_e A x.
+(2404.19245): y = W0 x + s sum_e g_e B_e A x. With `mixing: factors` the factors are mixed and not the outputs, as in
+Poly (2202.13914) and SMEAR (2306.03745): y = W0 x + s (sum_e g_e B_e) (sum_e g_e A_e) x.
 
 Shapes: T tokens, I in, O out, N experts, R rank.
 """
@@ -17,8 +18,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, LowRankConfig, Role
-from moadapt.experts.low_rank import Base, mix_up, project_down
+from moadapt.experts.low_rank import Base, project_down
+from moadapt.experts.sequence import base_output, mix_by_factors, mix_shared_up, mix_tokens, skips_all
 from moadapt.registry import EXPERTS
 from moadapt.routing import Routing
 
@@ -30,17 +33,28 @@ class LoraExpertConfig(LowRankConfig):
         init_lora_weights: `true` for Kaiming-uniform A, `gaussian` for normal A; B is zero in both.
         init_std: standard deviation of the Gaussian A; 1 / r (peft's) when not given.
         shared_down: one A for all experts (HydraLoRA).
+        mixing: `outputs` sums the experts' outputs; `factors` sums their A and their B, once for each sequence, which
+            needs a router of granularity prompt or task.
     """
 
     kind: Literal["lora"] = "lora"
     init_lora_weights: Literal[True, "gaussian"] = True
     init_std: float | None = Field(default=None, gt=0.0)
     shared_down: bool = False
+    mixing: Literal["outputs", "factors"] = "outputs"
 
     @model_validator(mode="after")
     def _std_needs_gaussian(self) -> Self:
         if self.init_std is not None and self.init_lora_weights != "gaussian":
             raise ValueError("init_std has no effect without init_lora_weights: gaussian; set it, or drop init_std")
+        return self
+
+    @model_validator(mode="after")
+    def _factors_need_down_projections(self) -> Self:
+        if self.mixing == "factors" and self.shared_down:
+            raise ValueError(
+                "mixing: factors sums the experts' A, and shared_down leaves only one; drop one of the two"
+            )
         return self
 
 
@@ -52,6 +66,7 @@ class LoraBank(ExpertBank):
     """
 
     config: LoraExpertConfig
+    per_sequence: ClassVar[bool] = True
     roles: ClassVar[dict[str, Role]] = {"lora_A": "down", "lora_B": "up"}
 
     def __init__(
@@ -87,14 +102,41 @@ class LoraBank(ExpertBank):
         """(T, I) -> (T, O); see the base class."""
         self._check_rows(x_TI, routing)
         dropped_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0.0 else None
-        base_TO, h_TM = project_down(base, x_TI, self.lora_A.flatten(0, 1), dropped_TI)
-        if self.config.shared_down:
-            h_TM = h_TM.repeat(1, self.num_experts)
-        return mix_up(base_TO, h_TM, routing, self.lora_B, self.scaling)
+        if self.config.mixing == "factors":
+            if routing.granularity == "token":
+                raise ConfigError(
+                    "expert.mixing: factors mixes the experts' factors once for each sequence, and this routing has a "
+                    "decision for each token; use router.granularity: prompt or task, or expert.mixing: outputs"
+                )
+            return mix_by_factors(base, x_TI, routing, self.lora_A, self.lora_B, self.scaling, dropped_TI)
+        if not self.config.shared_down:
+            return mix_tokens(base, x_TI, routing, self.lora_A, self.lora_B, self.scaling, dropped_TI)
+        if skips_all(routing):
+            return base_output(base, x_TI)
+        base_TO, h_TR = project_down(base, x_TI, self.lora_A[0], dropped_TI)
+        return mix_shared_up(base_TO, h_TR, routing, self.lora_B, self.scaling)
 
     def delta_weight(self, expert: int) -> Tensor:
-        """s B_e A_e: (O, I)."""
+        """s B_e A_e: (O, I).
+
+        Raises:
+            ConfigError: with `mixing: factors`.
+        """
+        if self.config.mixing == "factors":
+            raise ConfigError(
+                "with expert.mixing: factors an expert has no delta of its own, as its A also meets the other experts' "
+                "B; use mixed_delta with all gates, or expert.mixing: outputs"
+            )
         return self.scaling * self.lora_B[expert].T @ self.lora_A[0 if self.config.shared_down else expert]
+
+    def mixed_delta(self, gates_N: Tensor) -> Tensor:
+        """s sum_e g_e B_e A_e, or s (sum_e g_e B_e) (sum_e g_e A_e): (O, I)."""
+        if self.config.mixing == "outputs":
+            return super().mixed_delta(gates_N)
+        a_RI, b_RO = (
+            torch.einsum("n,nrk->rk", gates_N, factor.to(gates_N.dtype)) for factor in (self.lora_A, self.lora_B)
+        )
+        return self.scaling * b_RO.T @ a_RI
 
     def num_active_params(self, num_experts_per_tok: int) -> int:
         """r (K I + K O), or r (I + K O) with a shared A."""

@@ -5,7 +5,8 @@
 Nothing of size T*I or T*O is made for it, forward or backward: gates act in rank space, on the K*R numbers of a token
 that its experts own; the second product accumulates into the base output, and the gradient to x into the one that the
 base layer made. Every expert takes part in every call, shapes never depend on the routing, and nothing waits for the
-device. For the backward pass only x, the selected (T*K, R) activations, the (T, K) gates and indices are kept.
+device. For the backward pass only x, the selected (T*K, R) activations, the (T, K) gates and indices are kept. A
+straight-through routing keeps the activations of all experts, since each of its gates has a gradient.
 
 Shapes: T tokens, I in, O out, N experts, K per token, R rank, M = N*R (or the shared rank of a kind).
 """
@@ -24,9 +25,19 @@ from moadapt.routing import Routing
 
 Base = Tensor | Callable[[Tensor], Tensor]
 """The base layer's output, or the base layer itself."""
+_FEW = 8
+"""Up to so many tokens products run in the dtype of the factors."""
 
 
-def mix_low_rank(base: Base, x_TI: Tensor, routing: Routing, a_NRI: Tensor, b_NRO: Tensor, scaling: float) -> Tensor:
+def mix_low_rank(
+    base: Base,
+    x_TI: Tensor,
+    routing: Routing,
+    a_NRI: Tensor,
+    b_NRO: Tensor,
+    scaling: float,
+    experts_x_TI: Tensor | None = None,
+) -> Tensor:
     """`base + scaling * sum_e gate_e * (x A_e^T) B_e`.
 
     Args:
@@ -36,11 +47,12 @@ def mix_low_rank(base: Base, x_TI: Tensor, routing: Routing, a_NRI: Tensor, b_NR
         a_NRI: down-projections, any floating dtype.
         b_NRO: up-projections, stored transposed.
         scaling: s.
+        experts_x_TI: the experts' input, if dropout made it another than the base layer's.
 
     Returns:
         (T, O) in the dtype of the base output. Differentiable once in all tensors.
     """
-    base_TO, h_TM = project_down(base, x_TI, a_NRI.flatten(0, 1))
+    base_TO, h_TM = project_down(base, x_TI, a_NRI.flatten(0, 1), experts_x_TI)
     return mix_up(base_TO, h_TM, routing, b_NRO, scaling)
 
 
@@ -54,14 +66,13 @@ def project_down(base: Base, x_TI: Tensor, a_MI: Tensor, experts_x_TI: Tensor | 
         experts_x_TI: the down-projection's input, if dropout made it another than the base layer's.
 
     Returns:
-        The base output (T, O), and `x A^T` (T, M) in the dtype of x (the autocast dtype under autocast).
+        The base output (T, O), and `x A^T` (T, M) in the dtype of x (the autocast dtype under autocast; see also
+        `factor_dtype`).
     """
     if isinstance(base, Tensor) or experts_x_TI is not None:
         h_TM = _project(x_TI if experts_x_TI is None else experts_x_TI, a_MI, False)[1]
         return base if isinstance(base, Tensor) else base(x_TI), h_TM
-    # Only the layers known to hand out a gradient buffer of their own may have it written to.
-    owned = type(base) in (nn.Linear, Conv1D) and not base._backward_hooks and not base._backward_pre_hooks  # type: ignore[attr-defined]
-    x_TI, h_TM = _project(x_TI, a_MI, owned)
+    x_TI, h_TM = _project(x_TI, a_MI, owns_gradient(base))
     return base(x_TI), h_TM
 
 
@@ -78,20 +89,47 @@ def mix_up(base_TO: Tensor, h_TM: Tensor, routing: Routing, b_NRO: Tensor, scali
     Returns:
         (T, O) in the dtype of `base_TO`.
     """
-    # A base output that is a view (of Conv1D's flat product, or of a ZeRO-3 wrapper) is left alone.
-    is_trained_leaf = base_TO.requires_grad and base_TO.is_leaf
-    in_place = base_TO.dtype == h_TM.dtype and not base_TO._is_view() and not is_trained_leaf
+    indices_TK = None if routing.straight_through and torch.is_grad_enabled() else routing.indices_TK
     with torch.autocast(h_TM.device.type, enabled=False):
         mixed: Tensor = _MixUp.apply(  # type: ignore[no-untyped-call]
-            base_TO, h_TM, routing.weights_TN, routing.indices_TK, b_NRO, scaling, in_place
+            base_TO, h_TM, routing.weights_TN, indices_TK, b_NRO, scaling, may_overwrite(base_TO, h_TM.dtype)
         )
     return mixed
 
 
+def owns_gradient(base: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the base layer is known to hand out a gradient buffer of its own, which may be written to."""
+    return type(base) in (nn.Linear, Conv1D) and not base._backward_hooks and not base._backward_pre_hooks  # type: ignore[attr-defined]
+
+
+def may_overwrite(base_TO: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype may be accumulated into the base output.
+
+    A view (of Conv1D's flat product, or of a ZeRO-3 wrapper) is left alone, and so is a leaf that is trained.
+    """
+    is_trained_leaf = base_TO.requires_grad and base_TO.is_leaf
+    return base_TO.dtype == dtype and not base_TO._is_view() and not is_trained_leaf
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with x run in: its own, or the autocast dtype under autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def factor_dtype(x_TI: Tensor, factors: Tensor) -> torch.dtype:
+    """`product_dtype`, or where nothing is trained and the tokens are few, that of wider factors.
+
+    A cast reads and writes all of the factors; beside a half-precision base it would take longer than the products.
+    """
+    dtype = product_dtype(x_TI)
+    is_wider = factors.dtype.itemsize > dtype.itemsize
+    return factors.dtype if is_wider and x_TI.shape[0] <= _FEW and not torch.is_grad_enabled() else dtype
+
+
 def _project(x_TI: Tensor, a_MI: Tensor, owned: bool) -> tuple[Tensor, Tensor]:
-    device = x_TI.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TI.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = factor_dtype(x_TI, a_MI)
+    with torch.autocast(x_TI.device.type, enabled=False):
         projected: tuple[Tensor, Tensor] = _ProjectDown.apply(x_TI, a_MI, dtype, owned)  # type: ignore[no-untyped-call]
     return projected
 

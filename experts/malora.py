@@ -22,7 +22,8 @@ from typing_extensions import Self
 
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, LowRankConfig, Role
-from moadapt.experts.low_rank import Base, mix_up, project_down
+from moadapt.experts.low_rank import Base, project_down
+from moadapt.experts.sequence import base_output, mix_tokens, skips_all
 from moadapt.per_layer import OptionalPerLayerInt
 from moadapt.registry import EXPERTS
 from moadapt.routing import Routing
@@ -110,6 +111,7 @@ class MaloraBank(ExpertBank):
     """
 
     config: MaloraExpertConfig
+    per_sequence: ClassVar[bool] = True
     roles: ClassVar[dict[str, Role]] = {"shared_A": "shared_down", "malora_P": "down", "malora_B": "up"}
 
     def __init__(
@@ -159,9 +161,10 @@ class MaloraBank(ExpertBank):
         """(T, I) -> (T, O); see the base class."""
         self._check_rows(x_TI, routing)
         dropped_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0.0 else None
+        if skips_all(routing):
+            return base_output(base, x_TI)
         base_TO, z_TC = project_down(base, x_TI, self.shared_A, dropped_TI)
-        h_TM = nn.functional.linear(z_TC, self.malora_P.flatten(0, 1).to(z_TC.dtype))
-        return mix_up(base_TO, h_TM, routing, self.malora_B, self.scaling)
+        return mix_tokens(base_TO, z_TC, routing, self.malora_P, self.malora_B, self.scaling)
 
     def delta_weight(self, expert: int) -> Tensor:
         """s B_t P_t S_A: (O, I)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
@@ -27,7 +27,12 @@ class MixtureConfig(Config):
 
     Attributes:
         preset: name of a published method whose values are the starting point.
-        num_experts: N; one value, a list per layer, or a map of patterns.
+        num_experts: N; one value, a list per layer, or a map of patterns. With `expert_unit: module` there is no such
+            choice: N is the number of adapted modules that a router rules.
+        expert_unit: what is an expert: with `bank` every adapted module has N of its own; with `module` the adapted
+            modules of a block are the experts (MiLoRA).
+        tasks: names of the tasks in the order of their ids, for kinds that route or transform by task; a run fills in
+            those of its data.
         target_modules: what to adapt: a list of names (of a module or of the end of its path), a regular expression
             for the whole path, or `all-linear` (every linear layer but the output head).
         exclude_modules: what to leave alone, as a list of names or a regular expression.
@@ -42,6 +47,8 @@ class MixtureConfig(Config):
 
     preset: str | None = None
     num_experts: PerLayerInt = 8
+    expert_unit: Literal["bank", "module"] = "bank"
+    tasks: list[str] | None = None
     target_modules: Names = "all-linear"
     exclude_modules: Names | None = None
     layers_to_transform: int | list[int] | None = None
@@ -88,7 +95,13 @@ class MixtureConfig(Config):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Self:
-        problems = [*self._fill_in_shorthands(), *self._contradictions()]
+        problems = [
+            *self._fill_in_shorthands(),
+            *self._fill_in_tasks(),
+            *self._unit(),
+            *self._granularity(),
+            *self._contradictions(),
+        ]
         if problems:
             raise ValidationError.from_exception_data(type(self).__name__, problems)
         return self
@@ -105,13 +118,57 @@ class MixtureConfig(Config):
             self.__dict__["losses"] = [*self.losses, LOSSES.parse({"kind": kind, "coef": coef})]
             self.__dict__[option] = None
 
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether a kind of this mixture goes by task, so that `tasks` has to be known."""
+        return any("num_tasks" in type(part).model_fields for part in (self.router, self.expert))
+
+    def _fill_in_tasks(self) -> Iterator[InitErrorDetails]:
+        if self.tasks is None:
+            return
+        if not self.needs_tasks:
+            yield problem("it has no effect on kinds that do not go by task; leave it out", "tasks")
+        if len(set(self.tasks)) < len(self.tasks) or not self.tasks:
+            yield problem("the names of the tasks must be there, and differ", "tasks")
+        for section in ("router", "expert"):
+            part = getattr(self, section)
+            if "num_tasks" not in type(part).model_fields:
+                continue
+            if part.num_tasks not in (None, len(self.tasks)):
+                yield problem(f"{part.num_tasks}, but tasks names {len(self.tasks)}", section, "num_tasks")
+            self.__dict__[section] = part.model_copy(update={"num_tasks": len(self.tasks)})
+
+    def _unit(self) -> Iterator[InitErrorDetails]:
+        if self.expert_unit == "bank":
+            return
+        if "num_experts" in self.model_fields_set and self.num_experts != 1:
+            text = "expert_unit: module makes the adapted modules the experts, one each; leave num_experts out"
+            yield problem(text, "num_experts", value=self.num_experts)
+        self.__dict__["num_experts"] = 1
+        if getattr(self.router, "scope", None) == "linear":
+            text = "linear with expert_unit: module leaves each router one module, and no choice; use scope: block"
+            yield problem(text, "router", "scope")
+        if EXPERTS.get(self.expert.kind).cls.replaces_block:
+            text = f"module with expert.kind: {self.expert.kind}, which cuts blocks into experts; use expert_unit: bank"
+            yield problem(text, "expert_unit")
+
+    def _granularity(self) -> Iterator[InitErrorDetails]:
+        router, expert = self.router, self.expert
+        if getattr(router, "granularity", None) == "token" and getattr(expert, "mixing", "outputs") == "factors":
+            text = (
+                "factors merges the experts of a whole sequence, and router.granularity is token; set it to prompt or "
+                "task, or use mixing: outputs"
+            )
+            yield problem(text, "expert", "mixing")
+
     def _contradictions(self) -> Iterator[InitErrorDetails]:
         kinds = [loss.kind for loss in self.losses]
         for kind in dict.fromkeys(kinds):
             if kinds.count(kind) > 1:
                 yield problem(f"{kind} is listed more than once; keep one", "losses")
         num_kept = getattr(self.router, "num_experts_per_tok", None)
-        keeps_all = isinstance(num_kept, int) and num_kept == self.num_experts
+        by_bank = self.expert_unit == "bank"
+        keeps_all = by_bank and isinstance(num_kept, int) and num_kept == self.num_experts
         selects_all = ROUTERS.get(self.router.kind).cls.selects_all or keeps_all
         keeps_fixed = num_kept is not None and not hasattr(self.router, "threshold")
         for index, loss in enumerate(self.losses):
@@ -127,7 +184,7 @@ class MixtureConfig(Config):
                     "num_experts_per_tok; use router.kind: relu or sigmoid_ste, or leave the loss out"
                 )
                 yield problem(text, "losses", index)
-        if isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
+        if by_bank and isinstance(num_kept, int) and isinstance(self.num_experts, int) and num_kept > self.num_experts:
             text = f"{num_kept} exceeds num_experts ({self.num_experts}); lower the one or raise the other"
             yield problem(text, "router", "num_experts_per_tok")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from moadapt.config import MixtureConfig
 from moadapt.errors import ConfigError
 from moadapt.experts.base import ExpertBank, Role
-from moadapt.layer import MixtureLayer, PartitionLayer, RouterSite, SharedRouterHook, TrainableCopy
+from moadapt.layer import MixtureLayer, PartitionLayer, RouterSite, SharedRouterHook, TrainableCopy, build_site
 from moadapt.partition import (
     Replacement,
     build_router,
@@ -26,6 +26,7 @@ from moadapt.partition import (
 )
 from moadapt.per_layer import Site, value_at
 from moadapt.registry import EXPERTS, ROUTERS
+from moadapt.routers.base import RouterConfig
 from moadapt.routing import AdapterSwitch
 from moadapt.targets import Target, find_targets
 
@@ -111,7 +112,8 @@ def inject(
     for target in targets:
         name = target.site.name
         own = routers[target.router] if target.router == name else None
-        layer = MixtureLayer(model.get_submodule(name), banks[name], own, target.router, injection.switch)
+        member = groups[target.router].index(target) if config.expert_unit == "module" else None
+        layer = MixtureLayer(model.get_submodule(name), banks[name], own, target.router, injection.switch, member)
         model.set_submodule(name, layer)
         injection.layers[name] = layer
     for name, (first, *_) in groups.items():
@@ -182,23 +184,26 @@ def _build_bank(model: nn.Module, config: MixtureConfig, target: Target) -> Expe
 def _build_router(model: nn.Module, config: MixtureConfig, ruled: list[Target]) -> RouterSite:
     first = ruled[0]
     numbers = {target.site.name: _num_experts(config, target.site) for target in ruled}
-    num_experts = numbers[first.site.name]
+    num_experts = len(ruled) if config.expert_unit == "module" else numbers[first.site.name]
     if len(set(numbers.values())) > 1:
         raise ConfigError(
             f"num_experts: the router {first.router} rules layers with different numbers of experts ({numbers}); one "
             "router can only rule layers with the same number"
         )
     # A router that rules several layers is configured by its own name, not by that of one of its linears.
-    site = Site(first.router, first.site.layer, first.site.num_layers)
-    router_config = config.router.at_site(site, "router")
+    place = Site(first.router, first.site.layer, first.site.num_layers)
+    router_config = config.router.at_site(place, "router")
     num_kept = getattr(router_config, "num_experts_per_tok", 1)
     if num_kept > num_experts:
-        raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {first.router}, which has {num_experts} experts")
+        what = "adapted modules" if config.expert_unit == "module" else "experts"
+        raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {first.router}, which has {num_experts} {what}")
     device, dtype = _weight(model, first.site.name)
-    router = ROUTERS.build(router_config, first.router_features, num_experts, device=device)
+    assert isinstance(router_config, RouterConfig)
+    sizes = first.router_features, num_experts
+    site = build_site(first.router, router_config, *sizes, first.stream, device=device, dtype=dtype)
     # A router whose gates are the same for every input (one expert) has nothing to learn.
-    router.requires_grad_(router.constant_weights() is None)
-    return RouterSite(first.router, router.to(dtype), first.stream)
+    site.requires_grad_(site.router.constant_weights() is None)
+    return site
 
 
 def _modules_to_save(model: PreTrainedModel, config: MixtureConfig, adapted: list[str]) -> list[str]:
@@ -222,11 +227,13 @@ def _modules_to_save(model: PreTrainedModel, config: MixtureConfig, adapted: lis
 
 
 def adapter_roles(injection: Injection, names: dict[str, nn.Parameter]) -> dict[str, Role]:
-    """What each adapter parameter is, by name: `router`, a role that its bank declares, or `other`."""
+    """What each adapter parameter is, by name: of a router, a role that its bank declares, or `other`."""
     roles: dict[str, Role] = {}
     by_id = {id(parameter): name for name, parameter in names.items()}
     for site in injection.routers.values():
         roles |= {by_id[id(parameter)]: "router" for parameter in site.parameters()}
+        if site.activation is not None:
+            roles |= {by_id[id(parameter)]: "activation" for parameter in site.activation.parameters()}
     for layer in injection.layers.values():
         for local, parameter in layer.experts.adapter_parameters():
             roles[by_id[id(parameter)]] = layer.experts.roles.get(local, "other")

@@ -48,7 +48,7 @@ def fold_into_base(model: PreTrainedModel, injection: Injection) -> None:
                 f"cannot merge {name}: its base weight is tied to another module's, which would change too; untie "
                 "them (tie_word_embeddings: false) before training, or keep the adapter beside the base model"
             )
-        gates[name] = constant
+        gates[name] = constant if layer.member is None else constant[layer.member : layer.member + 1]
     for name, layer in layers.items():
         weight = layer.weight
         delta_OI = layer.delta_weight(gates[name])

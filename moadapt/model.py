@@ -13,14 +13,16 @@ from transformers import PreTrainedModel
 
 from moadapt.adapter_tensors import buffers_of, copy_into
 from moadapt.adjust import set_num_experts_per_tok, set_router_threshold
+from moadapt.checkpointing import check_checkpointing, disable_checkpointing, enable_checkpointing
 from moadapt.config import MixtureConfig, parse_mixture_config
 from moadapt.errors import AdapterError, ConfigError
 from moadapt.experts.base import Role
+from moadapt.generation import generating
 from moadapt.inject import adapter_roles, inject
 from moadapt.merging import fold_into_base
-from moadapt.objective import IGNORE_INDEX, Objective
+from moadapt.objective import Objective
 from moadapt.passes import PassRequest, install_hooks, named_arguments, requesting
-from moadapt.routing import checkpoint_context_fn
+from moadapt.routing import IGNORE_INDEX
 from moadapt.saving import (
     INDICES,
     WEIGHTS_FILE,
@@ -89,7 +91,7 @@ class MixtureModel(nn.Module):
         self._is_trainable = is_trainable
         self.experts_trained = bool(getattr(config.expert, "trainable", False))
         self.injection = inject(model, config, neuron_indices)
-        self._handles = install_hooks(model)
+        self._handles = install_hooks(model, keeps=self.decides_by_prompt)
         self.base_model = model
         self.objective = Objective(config.losses)
         self.last_losses: dict[str, Tensor] = {}
@@ -140,10 +142,13 @@ class MixtureModel(nn.Module):
         if labels is not None:
             kwargs = {**kwargs, "return_dict": True}
         active = self.injection.switch.enabled
-        self._check_checkpointing()
+        if self.training and torch.is_grad_enabled():
+            check_checkpointing(self._checkpointable)
         wanted = bool(self.objective.losses) and labels is not None and active
         compares = wanted and self.training and self.objective.wants_reconstruction
-        request = PassRequest(prompt_mask, task_ids, record=wanted, wants_reconstruction=compares)
+        request = PassRequest(
+            prompt_mask, task_ids, record=wanted, wants_reconstruction=compares, model=self.base_model
+        )
         with requesting(request):
             output = self.base_model(**kwargs)
         if labels is None:
@@ -185,19 +190,6 @@ class MixtureModel(nn.Module):
                 "expert.trainable: true or expert.lora, or choose gates with a gradient (combine: softmax_renorm)"
             )
 
-    def _check_checkpointing(self) -> None:
-        """Recomputation must replay the first decisions; only `activation_checkpointing_enable` sees to that."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for module in self._checkpointable:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            options = getattr(function, "keywords", {})
-            if module.gradient_checkpointing and options.get("context_fn") is not checkpoint_context_fn:
-                raise ConfigError(
-                    "activation checkpointing was switched on at the base model, where its recomputation would route "
-                    "again; call activation_checkpointing_enable() of the mixture model"
-                )
-
     def count_items(self, labels: Tensor) -> Tensor:
         """How many positions of a micro-batch (B, S) carry a loss: a causal model predicts all but the first."""
         predicted = labels if self.base_model.config.is_encoder_decoder else labels[..., 1:]
@@ -220,18 +212,52 @@ class MixtureModel(nn.Module):
         return logits_BSV
 
     def generate(
-        self, *args: Any, prompt_mask: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        prompt_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        merge_after_prefill: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """The base model's `generate` with the mixture; takes all of its arguments.
 
+        A router of granularity `prompt` decides at the first pass, and again when a conversation goes on with
+        `past_key_values`; the decision stays with the cache (`moadapt.generation.decisions_of`).
+
         Args:
             *args: passed on.
-            prompt_mask: (B, S) bool, True at prompt tokens, for routers that ask for it.
+            prompt_mask: (B, S) bool, True at prompt tokens; all tokens of the input when not given. False at earlier
+                answers of a conversation gives each of its turns its own decision, as in training.
             task_ids: (B,) int64, for routers that ask for them.
+            merge_after_prefill: once the prompt is read, put the selected experts into temporary weights, so that a
+                token costs what it costs the base model. For one prompt, its beams, or prompts routed alike.
             **kwargs: passed on.
+
+        Raises:
+            ConfigError: `merge_after_prefill` on a mixture that decides for each token or on a quantised base;
+                `prefill_chunk_size` where routers decide by prompt; a prompt mask of another shape than the inputs.
         """
-        with requesting(PassRequest(prompt_mask, task_ids)):
+        draft = kwargs.get("assistant_model")
+        if isinstance(draft, MixtureModel):
+            kwargs = {**kwargs, "assistant_model": draft.base_model}
+        with generating(self, args, kwargs, prompt_mask, task_ids, merge_after_prefill):
             return self.base_model.generate(*args, **kwargs)
+
+    @property
+    def decides_by_prompt(self) -> bool:
+        """Whether a router decides for whole sequences, from their prompts or by task."""
+        return any(site.granularity != "token" for site in self.injection.routers.values())
+
+    def expert_names(self, router: str) -> list[str]:
+        """What the experts of a router are: names of modules with `expert_unit: module`, else their numbers.
+
+        Args:
+            router: its name, as in routing records.
+        """
+        if self.mixture_config.expert_unit == "module":
+            ruled = [name for name, layer in self.injection.layers.items() if layer.ruled_by == router]
+            return [name.removeprefix(f"{router}.") for name in ruled]
+        return [str(number) for number in range(self.injection.routers[router].router.num_experts)]
 
     # -- the adapter's tensors ------------------------------------------------------------------------------------
 
@@ -347,24 +373,11 @@ class MixtureModel(nn.Module):
         Raises:
             ConfigError: `use_reentrant: true`, which would lose the auxiliary losses' gradients without a word.
         """
-        options = dict(activation_checkpointing_kwargs or {})
-        if options.pop("use_reentrant", False):
-            raise ConfigError(
-                "gradient_checkpointing_kwargs.use_reentrant: true loses the gradient of the auxiliary losses; "
-                "set it to false"
-            )
-        options |= {"use_reentrant": False, "context_fn": checkpoint_context_fn}
-        if hasattr(self.base_model, "activation_checkpointing_enable"):
-            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
-        else:  # transformers before 5.23
-            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        enable_checkpointing(self.base_model, activation_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        if hasattr(self.base_model, "activation_checkpointing_disable"):
-            self.base_model.activation_checkpointing_disable()
-        else:
-            self.base_model.gradient_checkpointing_disable()
+        disable_checkpointing(self.base_model)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from moadapt.experts.base import ExpertBank
 from moadapt.losses import AuxiliaryLoss
 from moadapt.registry import LOSSES, KindConfig
-from moadapt.routing import RoutingRecord
-
-IGNORE_INDEX = -100
+from moadapt.routing import IGNORE_INDEX, RoutingRecord
 
 
 class Objective:

@@ -15,10 +15,10 @@ from moadapt.config import MixtureConfig
 from moadapt.errors import ConfigError
 from moadapt.experts.ffn_partition import FfnPartitionConfig, check_padding
 from moadapt.ffn import FeedForward, StackedExperts
-from moadapt.layer import PartitionLayer, RouterSite
+from moadapt.layer import PartitionLayer, RouterSite, build_site
 from moadapt.per_layer import value_at
-from moadapt.registry import EXPERTS, LOSSES, ROUTERS, SPLITS
-from moadapt.routers.base import RouterSample
+from moadapt.registry import EXPERTS, LOSSES, SPLITS
+from moadapt.routers.base import RouterConfig, RouterSample
 from moadapt.routing import AdapterSwitch
 from moadapt.splits.base import BlockSample, Sizes, Split, index_lists, slices
 
@@ -115,10 +115,14 @@ def build_router(config: MixtureConfig, planned: PlannedBlock) -> RouterSite:
     if num_kept > num_experts:
         raise ConfigError(f"router.num_experts_per_tok: {num_kept} at {block.name}, which has {num_experts} experts")
     weight = planned.ffn.up_FD
-    router = ROUTERS.build(router_config, planned.ffn.hidden_size, num_experts, device=weight.device)
-    router.requires_grad_(router.constant_weights() is None and (router.learns_from_task or _reads_routings(config)))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    assert isinstance(router_config, RouterConfig)
+    sizes = planned.ffn.hidden_size, num_experts
+    site = build_site(block.name, router_config, *sizes, block.stream, device=weight.device, dtype=dtype)
+    router = site.router
+    site.requires_grad_(router.constant_weights() is None and (router.learns_from_task or _reads_routings(config)))
     router.attach(planned.ffn.act)
-    return RouterSite(block.name, router.to(torch.promote_types(weight.dtype, torch.float32)), block.stream)
+    return site
 
 
 def _reads_routings(config: MixtureConfig) -> bool:

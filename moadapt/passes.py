@@ -1,6 +1,13 @@
 """Opens a `RoutingContext` around every forward pass of a base model.
 
 Hooks do it, so that it does not matter who calls the model: `MixtureModel.forward`, `generate`, a trainer, or the user.
+
+Decisions about prompts are kept with the KV cache that a pass fills (`moadapt/kept.py`), and given to the passes that
+continue it. Which tokens of a pass are a prompt's: those of the request's prompt mask; without one, of a pass with
+labels those with the label -100, and otherwise all tokens that no cache precedes. The prompt of a decoder with an
+encoder is its start token, behind which the encoder's output is known; everything in the encoder is prompt.
+
+Shapes: B batch, S tokens of the pass, P tokens of the request's masks.
 """
 
 from __future__ import annotations
@@ -10,14 +17,15 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moadapt.routing import _CURRENT, RoutingContext, Stream
+from moadapt.kept import find_cache, kept_with, num_cached
+from moadapt.routing import _CURRENT, IGNORE_INDEX, RoutingContext, Stream
 
 
 @dataclass
@@ -25,18 +33,26 @@ class PassRequest:
     """What the caller of the base model knows and the base model does not take.
 
     Attributes:
-        prompt_mask_BS: bool, True at prompt tokens.
+        prompt_mask_BP: bool, True at prompt tokens.
         task_ids_B: int64 task ids.
         record: collect the routings.
         wants_reconstruction: let layers that replace a block compare their output with the block's.
         context: the context of the last pass that this request covered.
+        model: the base model that is meant; others that run inside (a draft model of assisted generation) are not.
+        padding_mask_BP: bool, True at real tokens; used where the model is given no mask of that shape.
+        generates: the request covers a whole generation, and its masks begin at the first token that is in the cache.
+        temporary: with `merge_after_prefill`, the merged weights of this generation, by mixture layer.
     """
 
-    prompt_mask_BS: Tensor | None = None
+    prompt_mask_BP: Tensor | None = None
     task_ids_B: Tensor | None = None
     record: bool = False
     wants_reconstruction: bool = False
     context: RoutingContext | None = None
+    model: nn.Module | None = None
+    padding_mask_BP: Tensor | None = None
+    generates: bool = False
+    temporary: dict[Any, Tensor | None] | None = None
 
 
 _REQUEST: ContextVar[PassRequest | None] = ContextVar("moadapt_pass_request", default=None)
@@ -53,15 +69,21 @@ def requesting(request: PassRequest) -> Iterator[PassRequest]:
         _REQUEST.reset(token)
 
 
-def install_hooks(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Hooks that open and close a context around every pass of the model, and of an encoder that runs alone."""
-    modules: list[nn.Module] = [model]
+def install_hooks(model: PreTrainedModel, keeps: bool) -> list[RemovableHandle]:
+    """Hooks that open and close a context around every pass of the model, and of an encoder that runs alone.
+
+    Args:
+        model: the base model.
+        keeps: whether it has routers whose decisions are kept with the cache.
+    """
+    pairs: list[tuple[nn.Module, Literal["encoder", "model"]]] = [(model, "model")]
     if model.config.is_encoder_decoder:
-        modules.append(model.get_encoder())
+        pairs.append((model.get_encoder(), "encoder"))
     handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(_leave, always_call=True))
+    for module, part in pairs:
+        hooks = _PassHooks(model, part, keeps)
+        handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(hooks.leave, always_call=True))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         handles.append(head.register_forward_pre_hook(_contiguous))
@@ -82,52 +104,99 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inner = _OPEN.get()
-    # The encoder inside of a whole pass uses that pass's context.
-    context = _CURRENT.get() if inner else None
-    if context is None:
-        context = _context_of(module, named_arguments(module, args, kwargs))
-    manager = context.active()
-    manager.__enter__()
-    _OPEN.set((*inner, manager))
+@dataclass
+class _PassHooks:
+    """The hooks of a base model, or of its encoder."""
 
+    model: PreTrainedModel
+    part: Literal["encoder", "model"]
+    keeps: bool
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    *rest, manager = _OPEN.get()
-    _OPEN.set(tuple(rest))
-    manager.__exit__(None, None, None)
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open the context. The encoder inside of a whole pass uses that pass's context."""
+        inner = _OPEN.get()
+        context = _CURRENT.get() if inner and self.part == "encoder" else None
+        if context is None:
+            context = self._context(named_arguments(module, args, kwargs))
+        manager = context.active()
+        manager.__enter__()
+        _OPEN.set((*inner, manager))
 
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Close it, and keep what was decided with the cache that the pass has filled."""
+        *rest, manager = _OPEN.get()
+        _OPEN.set(tuple(rest))
+        context = _CURRENT.get()
+        manager.__exit__(None, None, None)
+        cache = find_cache(output) if self.keeps and self.part == "model" else None
+        if cache is not None and context is not None and context.decided:
+            kept_with(cache).decisions.update(context.decided)
+            kept_with(cache).generated = context.generates
 
-def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> RoutingContext:
-    request = _REQUEST.get() or PassRequest()
-    is_encoder_decoder = isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder
-    # A generating encoder-decoder model is given decoder tokens only, after its encoder has run by itself.
-    possible = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-    inputs = next((kwargs[key] for key in possible if kwargs.get(key) is not None), None)
-    rows, length = (inputs.shape[0], inputs.shape[1]) if inputs is not None else (1, 0)
-    masks: dict[Stream, Tensor | None] = {}
-    if is_encoder_decoder:
-        masks["encoder"] = _mask(kwargs.get("attention_mask"), None)
+    def _context(self, kwargs: dict[str, Any]) -> RoutingContext:
+        request = _REQUEST.get()
+        if request is None or request.model not in (None, self.model):
+            request = PassRequest()
+        with_encoder = bool(self.model.config.is_encoder_decoder)
+        # A generating encoder-decoder model is given decoder tokens only, after its encoder has run by itself.
+        possible = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+        inputs = next((kwargs[key] for key in possible if kwargs.get(key) is not None), None)
+        rows, length = (inputs.shape[0], inputs.shape[1]) if inputs is not None else (1, 0)
+        masks: dict[Stream, Tensor | None] = {}
         labels = kwargs.get("labels")
-        real = labels != -100 if isinstance(labels, Tensor) else None
-        masks["decoder"] = _mask(kwargs.get("decoder_attention_mask"), None, otherwise=real)
-    else:
-        masks["decoder"] = _mask(kwargs.get("attention_mask"), length)
-    cache = kwargs.get("past_key_values")
-    decoding = cache is not None and bool(cache.get_seq_length() > 0)
-    prompt_mask = request.prompt_mask_BS
-    context = RoutingContext(
-        padding_masks={stream: mask for stream, mask in masks.items() if mask is not None},
-        prompt_mask_BS=None if decoding or prompt_mask is None else _rows(prompt_mask, rows),
-        task_ids_B=None if request.task_ids_B is None else _rows(request.task_ids_B, rows),
-        phase="decode" if decoding else "prefill",
-        batch_size=rows,
-        record=request.record,
-        wants_reconstruction=request.wants_reconstruction,
-    )
-    request.context = context
-    return context
+        if with_encoder:
+            masks["encoder"] = _mask(kwargs.get("attention_mask"), None)
+        if self.part == "model" and with_encoder:
+            real = labels != IGNORE_INDEX if isinstance(labels, Tensor) else None
+            masks["decoder"] = _mask(kwargs.get("decoder_attention_mask"), None, otherwise=real)
+        elif not with_encoder:
+            masks["decoder"] = _mask(kwargs.get("attention_mask"), length)
+        cache = kwargs.get("past_key_values")
+        cached = 0 if cache is None else num_cached(cache)
+        context = RoutingContext(
+            padding_masks={stream: mask for stream, mask in masks.items() if mask is not None},
+            task_ids_B=None if request.task_ids_B is None else _rows(request.task_ids_B, rows),
+            phase="decode" if cached > 0 else "prefill",
+            batch_size=rows,
+            record=request.record,
+            wants_reconstruction=request.wants_reconstruction,
+            temporary=request.temporary,
+            has_encoder=with_encoder,
+            generates=request.generates,
+        )
+        if self.keeps:
+            if not with_encoder:
+                _find_prompt(context, request, labels, rows, length, cached)
+            context.kept = kept_with(cache).decisions if cached > 0 else {}
+        elif not with_encoder and cached == 0 and request.prompt_mask_BP is not None:
+            context.prompt_masks["decoder"] = _rows(request.prompt_mask_BP, rows).bool()
+        request.context = context
+        return context
+
+
+def _find_prompt(
+    context: RoutingContext, request: PassRequest, labels: Any, rows: int, length: int, cached: int
+) -> None:
+    """Set the prompt mask of a causal model's pass, and complete its padding mask."""
+    if request.generates:
+        context.padding_masks.setdefault("decoder", _window(request.padding_mask_BP, True, rows, length, cached))
+        assert request.prompt_mask_BP is not None
+        if cached >= request.prompt_mask_BP.shape[1]:
+            return
+        context.prompt_masks["decoder"] = _window(request.prompt_mask_BP, False, rows, length, cached)
+    elif request.prompt_mask_BP is not None:
+        context.prompt_masks["decoder"] = _rows(request.prompt_mask_BP, rows)[:, -length:].bool()
+    elif isinstance(labels, Tensor):
+        context.prompt_masks["decoder"] = labels == IGNORE_INDEX
+
+
+def _window(mask_BP: Tensor | None, beyond: bool, rows: int, length: int, cached: int) -> Tensor:
+    """The mask at the `length` tokens behind the cached ones; `beyond` its end, all are the same."""
+    assert mask_BP is not None
+    window_BS = torch.full((rows, length), beyond, device=mask_BP.device)
+    part = _rows(mask_BP, rows)[:, cached : cached + length]
+    window_BS[:, : part.shape[1]] = part
+    return window_BS
 
 
 def _mask(mask: Any, length: int | None, otherwise: Tensor | None = None) -> Tensor | None:
@@ -140,5 +209,6 @@ def _mask(mask: Any, length: int | None, otherwise: Tensor | None = None) -> Ten
 
 
 def _rows(value: Tensor, rows: int) -> Tensor:
-    """Repeat each row for its beams or samples, as `generate` expands its inputs."""
-    return value if value.shape[0] in (0, rows) else value.repeat_interleave(rows // value.shape[0], dim=0)
+    """Repeat each row for its beams or samples, as `generate` expands its inputs; what does not fit stays as it is."""
+    given = value.shape[0]
+    return value if given in (0, rows) or rows % given else value.repeat_interleave(rows // given, dim=0)

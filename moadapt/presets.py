@@ -63,6 +63,52 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert": {"kind": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "shared_down": True},
         "router": {"kind": "softmax"},
     },
+    # -- a decision for each prompt, or for each task ---------------------------------------------------------------
+    # MiLoRA, 2410.18035: the LoRA modules of a transformer layer are the experts, one router per layer reads the prompt
+    # and keeps 3 of them. The paper says both 3 and 1; with num_experts_per_tok: 1 set norm_topk_prob: false, for the
+    # renormalised gate of one expert is a constant. Plain GELU; the paper's learnable function is activation: rational.
+    "milora": {
+        "expert_unit": "module",
+        "expert": {"kind": "lora", "r": 32, "lora_alpha": 32},
+        "router": {
+            "kind": "top_k",
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "scope": "block",
+            "granularity": "prompt",
+            "pooler": "self_attention",
+            "activation": "gelu",
+        },
+        "losses": [{"kind": "load_balance", "coef": 0.01, "count": "argmax"}],
+    },
+    # SMEAR, 2306.03745, with LoRA experts in the place of its adapters: the mean prompt state, both sides of the score
+    # normalised, and the experts' factors merged for each prompt. No balance loss. The mean leaves padding out.
+    "smear": {
+        "num_experts": 8,
+        "expert": {"kind": "lora", "r": 8, "lora_alpha": 8, "mixing": "factors"},
+        "router": {
+            "kind": "softmax",
+            "scope": "block",
+            "granularity": "prompt",
+            "pooler": "mean",
+            "activation": "none",
+            "normalize": True,
+        },
+    },
+    # MTL-LoRA, 2410.09437: one A, a transform of each task, three B's mixed by a table of logits.
+    "mtl_lora": {
+        "num_experts": 3,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "expert": {"kind": "mtl_lora", "r": 8, "lora_alpha": 16},
+        "router": {"kind": "task_table", "gate": "softmax", "temperature": 0.1, "init": "kaiming"},
+    },
+    # Poly, 2202.13914, as in peft: skills switched on by task through a relaxed Bernoulli, their factors averaged; the
+    # delta is divided by the rank, which is lora_alpha 1.
+    "poly": {
+        "num_experts": 4,
+        "expert": {"kind": "lora", "r": 8, "lora_alpha": 1, "mixing": "factors"},
+        "router": {"kind": "task_table", "gate": "bernoulli", "init": "uniform"},
+    },
     # -- dense feed-forward blocks cut into experts ---------------------------------------------------------------
     # DSMoE, 2502.12455: eight consecutive slices, sigmoid gates with a threshold and a straight-through gradient, and
     # an L1 penalty on the kept gates. Experts and routers are trained; the paper does not say what else is.

@@ -39,6 +39,8 @@ _WEIGHTS = (".experts.in_proj", ".experts.out_proj", ".experts.in_bias", ".exper
 
 _STRUCTURE = (
     "num_experts",
+    "expert_unit",
+    "tasks",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",

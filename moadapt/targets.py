@@ -153,7 +153,7 @@ def _target(site: Site, modules: dict[str, nn.Module], router: Any, hidden_size:
             f"router.scope: {router.scope} rules no {kind} block, but target_modules selects {name}; use "
             "scope: [ffn, attention] or scope: block, or target fewer modules"
         )
-    if reads_encoder:
+    if reads_encoder and router.granularity == "token":
         # Keys and values of cross-attention see the encoder's tokens, which no router of the decoder has routed.
         siblings = [
             other

@@ -27,9 +27,8 @@ from transformers import PreTrainedModel
 from moadapt.errors import DataError
 from moadapt.layer import PartitionLayer
 from moadapt.model import MixtureModel
-from moadapt.objective import IGNORE_INDEX
 from moadapt.passes import PassRequest, requesting
-from moadapt.routing import RoutingRecord
+from moadapt.routing import IGNORE_INDEX, RoutingRecord
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,6 +6,7 @@ from moadapt.routers.relu import ReLURouter, ReLURouterConfig
 from moadapt.routers.representative import RepresentativeRouter, RepresentativeRouterConfig
 from moadapt.routers.sigmoid_ste import SigmoidSTERouter, SigmoidSTERouterConfig
 from moadapt.routers.softmax import SoftmaxRouter, SoftmaxRouterConfig
+from moadapt.routers.task_table import TaskTableRouter, TaskTableRouterConfig
 from moadapt.routers.top_k import TopKRouter, TopKRouterConfig
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "SigmoidSTERouterConfig",
     "SoftmaxRouter",
     "SoftmaxRouterConfig",
+    "TaskTableRouter",
+    "TaskTableRouterConfig",
     "TopKRouter",
     "TopKRouterConfig",
 ]

@@ -1,5 +1,8 @@
 """What every router shares: its options and its interface.
 
+A router maps rows to decisions and need not know what a row is. For granularity `prompt` it is one pooled and activated
+vector for each prompt (see `pooling.py` and `activation.py`), for `task` one row for each sequence.
+
 Shapes: T rows to route (tokens, prompts or tasks), D hidden size, N experts, K experts per row.
 """
 
@@ -10,12 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from moadapt.ffn import Activation, StackedExperts
 from moadapt.registry import KindConfig
-from moadapt.routing import Routing, RoutingContext, router_dtype
+from moadapt.routing import Granularity, Routing, RoutingContext, router_dtype
 
 Scope = Literal["linear", "ffn", "attention", "block"]
 
@@ -27,12 +31,22 @@ class RouterConfig(KindConfig):
         scope: whose input the router reads and which mixture layers its decision rules: `linear` (each adapted
             linear its own), `ffn` or `attention` (one per such block), `block` (one per transformer layer), or a
             list of `ffn` and `attention` for one router per block of either sort.
-        granularity: what is routed: every `token`.
+        granularity: what is routed: every `token`, every `prompt` (one decision for each turn of a sequence, from the
+            prompt's tokens, that its answer follows) or every `task` (one for each sequence, by its task id).
+        pooler: of granularity `prompt`, how the prompt's hidden states become one: `self_attention` (the default, as in
+            MiLoRA), `mean`, `last` token or `max`.
+        activation: of granularity `prompt`, the function between the pooler and the router: `gelu` (the default),
+            `relu`, `none`, or `rational`, whose coefficients are learned.
         init_std: standard deviation of the initial router weights; 0.02 as in MoLoRA (2309.05444) and MixLoRA.
     """
 
+    granularities: ClassVar[tuple[Granularity, ...]] = ("token", "prompt")
+    """What this kind of router can route."""
+
     scope: Scope | list[Literal["ffn", "attention"]] = "linear"
-    granularity: Literal["token"] = "token"
+    granularity: Granularity = "token"
+    pooler: Literal["self_attention", "mean", "last", "max"] | None = None
+    activation: Literal["none", "gelu", "relu", "rational"] | None = None
     init_std: float = Field(default=0.02, ge=0.0)
 
     @field_validator("scope")
@@ -41,6 +55,42 @@ class RouterConfig(KindConfig):
         if isinstance(value, list) and not value:
             raise ValueError("the list is empty; name `ffn`, `attention` or both")
         return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _granularity_of_the_kind(cls, value: Granularity) -> Granularity:
+        if value not in cls.granularities:
+            able = " or ".join(cls.granularities)
+            hint = "; router.kind: task_table decides per task" if value == "task" else ""
+            raise ValueError(f"this kind of router decides per {able}; set granularity: {able}{hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _pools_prompts_only(self) -> Self:
+        if self.granularity == "prompt":
+            # Assigned through __dict__: an ordinary assignment would validate, and so run this again.
+            self.__dict__["pooler"] = self.pooler or "self_attention"
+            self.__dict__["activation"] = self.activation or "gelu"
+            return self
+        for option in ("pooler", "activation"):
+            if getattr(self, option) is not None:
+                raise ValueError(
+                    f"{option}: {getattr(self, option)} acts on pooled prompts, but granularity is {self.granularity}; "
+                    f"set granularity: prompt or leave {option} out"
+                )
+        return self
+
+    def refuse_prompts(self, option: str) -> None:
+        """Check that an option which fits the router to tokens has tokens to route.
+
+        Raises:
+            ValueError: the granularity is `prompt`.
+        """
+        if self.granularity == "prompt":
+            raise ValueError(
+                f"{option} takes the router from a block's weights or its inputs, which are those of tokens, but "
+                f"granularity is prompt; set granularity: token or leave {option} out"
+            )
 
 
 @dataclass(frozen=True)

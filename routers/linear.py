@@ -15,7 +15,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from moadapt.ffn import StackedExperts
 from moadapt.routers.base import Router, RouterConfig, RouterSample, linear_logits
@@ -34,6 +36,12 @@ class LinearRouterConfig(RouterConfig):
 
     init: Init = "normal"
     bias: bool = False
+
+    @model_validator(mode="after")
+    def _mean_gate_is_for_tokens(self) -> Self:
+        if self.init == "mean_gate":
+            self.refuse_prompts("init: mean_gate")
+        return self
 
 
 class LinearRouter(Router):

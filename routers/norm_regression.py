@@ -47,6 +47,8 @@ class NormRegressionRouterConfig(RouterConfig):
         fit: how the network is fitted at conversion.
     """
 
+    granularities = ("token",)  # fitted to tokens
+
     kind: Literal["norm_regression"] = "norm_regression"
     threshold: float = Field(default=0.5, ge=0.0, lt=1.0)
     rule: Literal["max_ratio", "cumulative"] = "max_ratio"

@@ -49,6 +49,8 @@ class RepresentativeRouterConfig(RouterConfig):
             number.
     """
 
+    granularities = ("token",)  # fitted to tokens
+
     kind: Literal["representative"] = "representative"
     num_experts_per_tok: PerLayerInt = 2
     num_markers: int = Field(default=10, ge=1)

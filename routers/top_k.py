@@ -12,6 +12,12 @@ training (Shazeer et al. 1701.06538, eqs. 4-5; the 0.01 and the zero initialisat
 With K = 1 and `norm_topk_prob` the gate is always 1 and the task loss would give the router no gradient, so that
 combination is refused (for N > 1). `unit` gives it none either: it is for routers that are fitted or set, as by `init:
 mean_gate` or `fit: prior_approximate`, and the auxiliary losses still train them.
+
+    straight_through:  S = sg(g) + p - sg(p)        the value of g, the gradient of p to every expert; sg stops it
+
+With it both learn from the task: a hard choice whose router gets the gradient of its probabilities (MiLoRA, 2410.18035,
+leaves open how the gate enters; DSMoE, 2502.12455, eqs. 10-11, has this form). An expert that is not kept adds nothing
+to y but its gate gets <dL/dy, E_i(x)> p', so training computes every expert; without gradients only K are computed.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from moadapt.routing import Routing, RoutingContext
 
 _ALWAYS_ONE = (
     "num_experts_per_tok: 1 with norm_topk_prob: true makes every gate 1, so the router gets no gradient from the "
-    "task; set norm_topk_prob: false"
+    "task; set norm_topk_prob: false, or straight_through: true"
 )
 
 
@@ -48,6 +54,8 @@ class TopKRouterConfig(LinearRouterConfig):
             (`softmax_renorm`), its own `sigmoid`, or `unit`, 1.
         rescale: factor for all kept experts: `none`, `n_over_k` (here the same as `n_over_active`) or a number.
         temperature: divides the logits before the softmax or the sigmoid.
+        straight_through: the gates keep their values but pass the gradient of all N probabilities to the router, also
+            where they are constant.
         router_jitter_noise: in training, the router reads x * U(1 - noise, 1 + noise); x itself is not changed.
         noisy_gating: in training, add learned Gaussian noise to the logits.
         fit: `prior_approximate` (or a mapping with its options) trains the router on calibration inputs when a block is
@@ -60,6 +68,7 @@ class TopKRouterConfig(LinearRouterConfig):
     combine: Combine = "softmax"
     rescale: Rescale = "none"
     temperature: float = Field(default=1.0, gt=0.0)
+    straight_through: bool = False
     router_jitter_noise: float = Field(default=0.0, ge=0.0, lt=1.0)
     noisy_gating: bool = False
     fit: PriorApproximateConfig | None = None
@@ -88,12 +97,16 @@ class TopKRouterConfig(LinearRouterConfig):
 
     @model_validator(mode="after")
     def _router_must_learn(self) -> Self:
+        if self.fit is not None:
+            self.refuse_prompts("fit")
+        if self.straight_through:
+            return self
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
             raise ValueError(_ALWAYS_ONE)
         if self.init == "zeros" and self.combine in ("unit", "sigmoid"):
             raise ValueError(
                 f"init: zeros with combine: {self.combine} ties all experts, and experts that are not kept get no "
-                "gradient that could break the tie; use init: normal, or a softmax"
+                "gradient that could break the tie; use init: normal, a softmax, or straight_through: true"
             )
         return self
 
@@ -110,13 +123,14 @@ class TopKRouter(LinearRouter):
         super().__init__(config, in_features, num_experts, device)
         assert isinstance(config.num_experts_per_tok, int)
         self.num_experts_per_tok = config.num_experts_per_tok
-        if self.num_experts_per_tok == 1 and config.norm_topk_prob and num_experts > 1:  # from a per-layer value
+        always_one = self.num_experts_per_tok == 1 and config.norm_topk_prob and not config.straight_through
+        if always_one and num_experts > 1:  # from a per-layer value
             raise ConfigError(f"router.{_ALWAYS_ONE}")
         if config.noisy_gating:
             self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
 
     def forward(self, hidden_states: Tensor, context: RoutingContext) -> Routing:
-        """(T, D) -> Routing with exactly K experts selected per token."""
+        """(T, D) -> Routing with exactly K experts selected per token; in gradient mode, straight-through if asked."""
         if self.training and self.config.router_jitter_noise > 0.0:
             hidden_states = jitter(hidden_states, self.config.router_jitter_noise)
         logits_TN = self.logits(hidden_states)
@@ -133,12 +147,17 @@ class TopKRouter(LinearRouter):
         elif self.config.combine == "unit":
             kept_TK = torch.ones_like(kept_TK)
         weights_TN = torch.zeros_like(probs_TN).scatter(-1, indices_TK, kept_TK)
+        straight_through = self.config.straight_through and probs_TN.requires_grad
+        if straight_through:
+            # The bracket is exactly zero, so the value stays that of the kept experts.
+            weights_TN = weights_TN.detach() + (probs_TN - probs_TN.detach())
         return Routing(
             weights_TN=rescaled(weights_TN, selected_TN, self.config.rescale, self.num_experts_per_tok),
             selected_TN=selected_TN,
             logits_TN=logits_TN,
             probs_TN=probs_TN,
-            indices_TK=indices_TK,
+            indices_TK=None if straight_through else indices_TK,
+            straight_through=straight_through,
         )
 
     @classmethod
@@ -167,8 +186,8 @@ class TopKRouter(LinearRouter):
 
     @property
     def learns_from_task(self) -> bool:
-        """Not with gates that are always 1."""
-        return self.config.combine != "unit"
+        """Not with gates that are always 1, unless they are straight-through."""
+        return self.config.combine != "unit" or self.config.straight_through
 
     def constant_weights(self) -> Tensor | None:
         """With one expert whose softmax is always 1, or `unit` weights for all experts, these; None otherwise."""

@@ -32,6 +32,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "malora": {"kind": "malora", "r": 3, "shared_r": 5, "lora_dropout": 0.0},
     "malora_beta": {"kind": "malora", "r": 2, "shared_r": 4, "beta": 2.0, "use_rslora": True, "lora_dropout": 0.0},
     "malora_dropout": {"kind": "malora", "r": 3, "shared_r": 5, "lora_dropout": 0.4},
+    "mtl_lora": {"kind": "mtl_lora", "r": 3, "num_tasks": 2, "unknown_task": "mean"},
 }
 
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -54,12 +55,51 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_2_sigmoid": {"kind": "top_k", "num_experts_per_tok": 2, "combine": "sigmoid", "rescale": "n_over_k"},
     "top_3_renorm": {"kind": "top_k", "num_experts_per_tok": 3, "combine": "softmax_renorm", "rescale": 2.5},
     "top_2_unit": {"kind": "top_k", "num_experts_per_tok": 2, "combine": "unit", "rescale": "n_over_active"},
+    "top_1_norm_ste": {"kind": "top_k", "num_experts_per_tok": 1, "norm_topk_prob": True, "straight_through": True},
+    "top_2_unit_ste": {
+        "kind": "top_k",
+        "num_experts_per_tok": 2,
+        "combine": "unit",
+        "rescale": "n_over_k",
+        "straight_through": True,
+    },
     "sigmoid_ste": {"kind": "sigmoid_ste"},
     "sigmoid_ste_unit": {"kind": "sigmoid_ste", "threshold": 0.6, "combine": "unit", "min_active": 1},
     "sigmoid_g": {"kind": "sigmoid_ste", "straight_through": False, "min_active": 2, "rescale": "none"},
     "relu": {"kind": "relu"},
     "relu_n_over_active": {"kind": "relu", "rescale": "n_over_active"},
 }
+PROMPT_ROUTERS: dict[str, dict[str, Any]] = {
+    "milora_3": {"kind": "top_k", "num_experts_per_tok": 3, "norm_topk_prob": True, "granularity": "prompt"},
+    "milora_1": {"kind": "top_k", "num_experts_per_tok": 1, "granularity": "prompt"},
+    "milora_rational_ste": {
+        "kind": "top_k",
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": True,
+        "straight_through": True,
+        "granularity": "prompt",
+        "activation": "rational",
+    },
+    "prompt_softmax_mean": {"kind": "softmax", "granularity": "prompt", "pooler": "mean", "activation": "none"},
+    "prompt_smear": {
+        "kind": "softmax",
+        "normalize": True,
+        "granularity": "prompt",
+        "pooler": "mean",
+        "activation": "none",
+    },
+    "prompt_sigmoid_last": {"kind": "sigmoid_ste", "granularity": "prompt", "pooler": "last"},
+    "prompt_relu_max": {"kind": "relu", "granularity": "prompt", "pooler": "max", "activation": "relu"},
+}
+"""Routers with one decision for each prompt; pooler and activation are MiLoRA's where they are not given."""
+
+TASK_ROUTERS: dict[str, dict[str, Any]] = {
+    "task_table_softmax": {"kind": "task_table", "temperature": 0.1, "init": "kaiming"},
+    "task_table_mean": {"kind": "task_table", "unknown_task": "mean"},
+    "task_table_bernoulli": {"kind": "task_table", "gate": "bernoulli", "init": "uniform"},
+}
+"""Routers by task id. Their mixture needs `tasks`."""
+
 NOT_TRAINED = {"top_2_unit"}
 """Routers that get no gradient from the task."""
 

@@ -54,7 +54,8 @@ def softmax(values: list[Tensor]) -> list[Tensor]:
 class NaiveRouter:
     """The equations of the linear routers for one token.
 
-    `draws` holds the random numbers of training: `jitter` (T, D) factors and `noise` (T, N) normal numbers.
+    `draws` holds the random numbers of training: `jitter` (T, D) factors and `noise` (T, N) normal numbers. `scales`
+    are those of the layer norms of x and of the rows of W, where the options ask for them.
     """
 
     options: dict[str, Any]
@@ -62,11 +63,22 @@ class NaiveRouter:
     noise_weight_ND: Tensor | None = None
     draws: dict[str, Tensor] = field(default_factory=dict)
     bias_N: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> NaiveRouter:
+        """From a router's parameters by name."""
+        scales = (tensors["input_scale"], tensors["weight_scale"]) if "input_scale" in tensors else None
+        return cls(options, tensors["weight"], tensors.get("noise_weight"), {}, tensors.get("bias"), scales)
 
     def __call__(self, x_D: Tensor, token: int) -> Decision:
         if "jitter" in self.draws:
             x_D = x_D * self.draws["jitter"][token]
-        logits = [(row * x_D).sum() for row in self.weight_ND]
+        rows = list(self.weight_ND)
+        if self.scales is not None:
+            x_D = layer_norm(x_D, self.scales[0])
+            rows = [layer_norm(row, self.scales[1]) for row in rows]
+        logits = [(row * x_D).sum() for row in rows]
         if "noise" in self.draws:
             assert self.noise_weight_ND is not None
             spread = [torch.log1p(torch.exp((row * x_D).sum())) + 0.01 for row in self.noise_weight_ND]
@@ -95,8 +107,12 @@ class NaiveRouter:
         if combine == "unit":
             weights = [torch.ones_like(prob) for prob in probs]
         times = factor(self.options.get("rescale", "none"), len(probs), len(kept), num_kept)
-        gates = [weights[expert] * times if expert in kept else torch.zeros_like(probs[expert]) for expert in experts]
-        return Decision(gates, [expert in kept for expert in experts], logits, probs)
+        gates = [weights[expert] if expert in kept else torch.zeros_like(probs[expert]) for expert in experts]
+        straight_through = self.options.get("straight_through", False)
+        if straight_through:
+            gates = [gate.item() + prob - prob.item() for gate, prob in zip(gates, probs, strict=True)]
+        selected = [expert in kept for expert in experts]
+        return Decision([gate * times for gate in gates], selected, logits, probs, straight_through)
 
     def _threshold(self, logits: list[Tensor]) -> Decision:
         """S(s) = G(s) + s - s with constants for the first and the last, times N / active."""
@@ -132,18 +148,83 @@ class NaiveRouter:
         return min(kept) - max(dropped) if dropped else math.inf
 
 
+def layer_norm(values_D: Tensor, scale_D: Tensor) -> Tensor:
+    """Mean 0 and variance 1, times the scale."""
+    mean = sum(values_D) / len(values_D)
+    variance = sum((value - mean) ** 2 for value in values_D) / len(values_D)
+    return torch.stack([(value - mean) / torch.sqrt(variance + 1e-5) for value in values_D]) * scale_D
+
+
+def pooled(kind: str, rows: list[Tensor], weight_D: Tensor | None = None) -> Tensor:
+    """One vector for the hidden states of a prompt's real tokens: (D,)."""
+    if kind == "last":
+        return rows[-1]
+    if kind == "max":
+        return torch.stack([max(feature, key=lambda value: value.item()) for feature in zip(*rows, strict=True)])
+    shares = [torch.ones_like(row[0]) / len(rows) for row in rows]
+    if kind == "self_attention":
+        assert weight_D is not None
+        shares = softmax([(weight_D * row).sum() for row in rows])
+    total = torch.zeros_like(rows[0])
+    for share, row in zip(shares, rows, strict=True):
+        total = total + share * row
+    return total
+
+
+def activated(kind: str, h_D: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The function between the pooler and the router; `tensors` holds the coefficients of the rational one."""
+    if kind == "relu":
+        return torch.stack([value if value.item() > 0 else torch.zeros_like(value) for value in h_D])
+    if kind == "gelu":
+        return torch.stack([value * 0.5 * (1.0 + torch.erf(value / math.sqrt(2.0))) for value in h_D])
+    if kind == "rational":
+        upper = sum(a * h_D**power for power, a in enumerate(tensors["numerator"]))
+        lower = sum(b * h_D**power for power, b in enumerate(tensors["denominator"], start=1))
+        return upper / (1.0 + torch.abs(lower))
+    return h_D
+
+
+def by_task(options: dict[str, Any], weight_UN: Tensor, task: int, uniform_N: Tensor | None = None) -> Decision:
+    """The decision of a table of tasks; `uniform_N` holds the random numbers of training."""
+    logits = list(weight_UN[task]) if task >= 0 else [sum(column) / len(column) for column in weight_UN.T]
+    temperature = options.get("temperature", 1.0)
+    if options.get("gate", "softmax") == "softmax":
+        gates = softmax([logit / temperature for logit in logits])
+    else:
+        noisy = logits
+        if uniform_N is not None:
+            noisy = [
+                (logit + torch.log(u) - torch.log(1.0 - u)) / temperature
+                for logit, u in zip(logits, uniform_N, strict=True)
+            ]
+        on = [sigmoid(value) for value in noisy]
+        gates = [value / (sum(on) + 1e-12) for value in on]
+    return Decision(gates, [True] * len(gates), logits, gates)
+
+
 def scaling(options: dict[str, Any], r: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA."""
     alpha = options.get("lora_alpha", 24.0 if options["kind"] == "malora" else 8.0)
     return alpha / math.sqrt(r) if options.get("use_rslora") else alpha / r
 
 
-def expert_output(options: dict[str, Any], tensors: dict[str, Tensor], expert: int, x_I: Tensor) -> Tensor:
-    """What one expert with gate 1 adds for one token: (O,)."""
+def expert_output(
+    options: dict[str, Any], tensors: dict[str, Tensor], expert: int, x_I: Tensor, task: int | None = None
+) -> Tensor:
+    """What one expert with gate 1 adds for one token: (O,). Without a task, mtl_lora has the mean of its transforms."""
     if options["kind"] == "lora":
         down_RI = tensors["lora_A"][0 if options.get("shared_down") else expert]
         up_RO = tensors["lora_B"][expert]
         h_R = torch.stack([(row * x_I).sum() for row in down_RI])
+    elif options["kind"] == "mtl_lora":
+        up_RO = tensors["mtl_B"][expert]
+        z_R = torch.stack([(row * x_I).sum() for row in tensors["shared_A"]])
+        known = list(tensors["mtl_lambda"]) if task is None else [tensors["mtl_lambda"][task]]
+        transform = sum(known[1:], known[0]) / len(known)
+        if options.get("task_transform") == "diagonal":
+            h_R = torch.stack([value * z for value, z in zip(transform, z_R, strict=True)])
+        else:
+            h_R = torch.stack([(row * z_R).sum() for row in transform])
     else:
         up_RO = tensors["malora_B"][expert]
         z_C = torch.stack([(row * x_I).sum() for row in tensors["shared_A"]])
@@ -154,6 +235,18 @@ def expert_output(options: dict[str, Any], tensors: dict[str, Tensor], expert: i
     return scaling(options, len(up_RO)) * total
 
 
+def mixed_factors(tensors: dict[str, Tensor], decision: Decision) -> dict[str, Tensor]:
+    """The one expert that `mixing: factors` makes of all: sum of gate * A and sum of gate * B."""
+    mixed = {}
+    for name, stack in tensors.items():
+        total = torch.zeros_like(stack[0])
+        for expert, gate in enumerate(decision.gates):
+            if decision.selected[expert] or decision.straight_through:
+                total = total + gate * stack[expert]
+        mixed[name] = total.unsqueeze(0)
+    return mixed
+
+
 def mixture(
     x_TI: Tensor,
     decisions: list[Decision],
@@ -162,18 +255,26 @@ def mixture(
     base_OI: Tensor,
     bias_O: Tensor | None,
     keep_TI: Tensor | None = None,
+    tasks: list[int | None] | None = None,
 ) -> Tensor:
-    """y = W0 x + b + sum over the selected experts of gate * expert(x * dropout mask), token by token: (T, O)."""
+    """y = W0 x + b + sum over the selected experts of gate * expert(x * dropout mask), token by token: (T, O).
+
+    With `mixing: factors` it is one expert whose factors are the sums of the selected experts' factors times gates.
+    """
     rows = []
     for token, x_I in enumerate(x_TI):
         y_O = base_OI @ x_I
         if bias_O is not None:
             y_O = y_O + bias_O
         inner_I = x_I if keep_TI is None else x_I * keep_TI[token]
+        if options.get("mixing") == "factors":
+            rows.append(y_O + expert_output(options, mixed_factors(tensors, decisions[token]), 0, inner_I))
+            continue
+        task = None if tasks is None else tasks[token]
         for expert, gate in enumerate(decisions[token].gates):
             # A straight-through gate of zero adds nothing to y but has a gradient.
             if decisions[token].selected[expert] or decisions[token].straight_through:
-                y_O = y_O + gate * expert_output(options, tensors, expert, inner_I)
+                y_O = y_O + gate * expert_output(options, tensors, expert, inner_I, task)
         rows.append(y_O)
     return torch.stack(rows)
 

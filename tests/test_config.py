@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from kinds import ROWS, Row
 from tiny import base_model, batch
 
@@ -199,12 +200,16 @@ ADAPTERS = [name for name in PRESETS if PRESETS[name]["expert"]["kind"] != "ffn_
 @pytest.mark.parametrize("preset", ADAPTERS)
 def test_presets_train_on_a_tiny_model(preset: str) -> None:
     options: dict[str, Any] = {"preset": preset}
-    if isinstance(PRESETS[preset]["num_experts"], list):
+    if isinstance(PRESETS[preset].get("num_experts"), list):
         options["num_experts"] = [2, 4]
     if PRESETS[preset]["expert"]["kind"] == "malora":
         options["expert"] = {"r": 4, "shared_r": 8}
+    if PRESETS[preset]["router"]["kind"] == "task_table":
+        options["tasks"] = ["one", "two", "three"]
     model = get_mixture_model(base_model(), options).train()
-    loss = model(**batch()).loss
+    inputs = batch()
+    inputs["labels"][:, :3] = -100
+    loss = model(**inputs, task_ids=torch.tensor([2, 0])).loss
     loss.backward()
     assert loss.isfinite()
     assert any(parameter.grad.abs().max() > 0 for _, parameter in model.adapter_parameters())
@@ -236,6 +241,67 @@ def test_preset_values_are_the_papers() -> None:
     factorllm = made["factorllm"]
     assert (factorllm.num_experts, factorllm.router.num_experts_per_tok, factorllm.router.combine) == (4, 2, "unit")
     assert made["mola"].num_experts == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
+    milora = made["milora"]
+    assert (milora.expert.r, milora.expert.lora_alpha, milora.expert_unit) == (32, 32.0, "module")
+    assert (milora.router.num_experts_per_tok, milora.router.scope, milora.router.granularity) == (3, "block", "prompt")
+    assert (milora.router.pooler, milora.router.activation) == ("self_attention", "gelu")
+    assert (milora.losses[0].coef, milora.losses[0].count, milora.losses[0].reduce) == (0.01, "argmax", "mean")
+    mtl_lora, poly = made["mtl_lora"], made["poly"]
+    assert (mtl_lora.num_experts, mtl_lora.expert.r, mtl_lora.expert.lora_alpha) == (3, 8, 16.0)
+    assert (mtl_lora.router.temperature, mtl_lora.router.granularity, mtl_lora.losses) == (0.1, "task", [])
+    assert (poly.num_experts, poly.expert.r, poly.expert.lora_alpha, poly.expert.mixing) == (4, 8, 1.0, "factors")
+    smear = made["smear"]
+    assert (smear.num_experts, smear.router.pooler, smear.router.normalize, smear.losses) == (8, "mean", True, [])
+
+
+# -- granularity, unit and tasks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_unit": "module"}, "router.scope: linear with expert_unit: module"),
+        (
+            {"expert_unit": "module", "num_experts": 4, "router": {"kind": "top_k", "scope": "block"}},
+            "leave num_experts out",
+        ),
+        ({"expert_unit": "module", "preset": "dsmoe", "num_experts": 1}, "expert_unit: module with expert.kind"),
+        ({"tasks": ["a", "b"]}, "tasks: it has no effect"),
+        ({"preset": "poly", "tasks": ["a", "a"]}, "tasks: the names of the tasks must be there, and differ"),
+        ({"preset": "poly", "tasks": []}, "tasks: the names of the tasks must be there, and differ"),
+        ({"preset": "poly", "tasks": ["a"], "router": {"num_tasks": 2}}, "router.num_tasks: 2, but tasks names 1"),
+        (
+            {"expert": {"kind": "lora", "mixing": "factors"}},
+            "expert.mixing: factors merges the experts of a whole sequence",
+        ),
+        ({"preset": "emoe", "router": {"granularity": "prompt"}}, "granularity is prompt"),
+        ({"preset": "cmoe", "router": {"granularity": "prompt"}}, "router.granularity"),
+        ({"router": {"kind": "softmax", "granularity": "task"}}, "router.granularity"),
+        ({"preset": "poly", "router": {"granularity": "token"}}, "router.granularity"),
+        ({"router": {"kind": "top_k", "pooler": "mean"}}, "pooler"),
+        ({"preset": "milora", "router": {"num_experts_per_tok": 1}}, "makes every gate 1"),
+    ],
+)
+def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
+    assert message in problems(options)
+
+
+def test_tasks_size_the_tables() -> None:
+    config = MixtureConfig.model_validate({"preset": "mtl_lora", "tasks": ["a", "b"]})
+    assert (config.router.num_tasks, config.expert.num_tasks) == (2, 2)
+    model = get_mixture_model(base_model(), config)
+    assert {site.router.weight.shape for site in model.injection.routers.values()} == {(2, 3)}
+    assert MixtureConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_unit_module_counts_the_modules_of_each_block() -> None:
+    model = get_mixture_model(base_model(), {"preset": "milora", "expert": {"r": 2}, "exclude_modules": ["o_proj"]})
+    assert {site.router.num_experts for site in model.injection.routers.values()} == {6}
+    assert {layer.experts.num_experts for layer in model.injection.layers.values()} == {1}
+    names = [f"self_attn.{x}_proj" for x in "qkv"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    assert model.expert_names("model.layers.1") == names
+    with pytest.raises(ConfigError, match="num_experts_per_tok: 3 at model.layers.0, which has 2 adapted modules"):
+        get_mixture_model(base_model(), {"preset": "milora", "target_modules": ["q_proj", "v_proj"]})
 
 
 def test_given_options_override_the_preset_one_by_one() -> None:

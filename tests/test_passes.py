@@ -42,7 +42,7 @@ def test_masks_and_ids_reach_every_router() -> None:
     for _, context in seen:
         assert context is seen[0][1], "one context per pass"
         assert torch.equal(context.padding_masks["decoder"], inputs["attention_mask"].bool())
-        assert torch.equal(context.prompt_mask_BS, prompt)
+        assert torch.equal(context.prompt_masks["decoder"], prompt)
         assert torch.equal(context.task_ids_B, tasks)
         assert (context.phase, context.batch_size) == ("prefill", 2)
 
@@ -70,7 +70,7 @@ def test_without_a_mask_nothing_is_guessed_from_ids() -> None:
         model(input_ids=ids)
     context = seen[0][1]
     assert context.padding_masks == {}
-    assert context.prompt_mask_BS is None
+    assert context.prompt_masks == {}
     assert context.task_ids_B is None
 
 
@@ -96,13 +96,13 @@ def test_generation_prefills_once_and_then_decodes(beams: int) -> None:
     first, *rest = contexts
     # Beam search may prefill the two prompts before it expands them.
     expanded = first.batch_size == 2 * beams
-    assert torch.equal(first.prompt_mask_BS, prompt[rows] if expanded else prompt)
+    assert torch.equal(first.prompt_masks["decoder"], prompt[rows] if expanded else prompt)
     for context in rest:
         assert context.batch_size == 2 * beams
         assert context.task_ids_B.tolist() == [[5, 7][row] for row in rows]
         assert context.padding_masks["decoder"].shape == (2 * beams, 1), "the mask of the new tokens only"
         assert context.padding_masks["decoder"].all()
-        assert context.prompt_mask_BS is None
+        assert context.prompt_masks == {}
         assert context.records == [], "generation records nothing"
 
 

@@ -180,13 +180,18 @@ def read_source(model: MixtureModel) -> Source:
     """Look at a converted model.
 
     Raises:
-        AdapterError: it is not one, or is of custom code.
+        AdapterError: it is not one, is of custom code, or decides for whole prompts, which no other loader does.
     """
     injection = model.injection
     if not injection.replacements:
         raise AdapterError(
             "only a converted model can be exported: this mixture adapts linear layers. Convert a dense model with "
             "`moadapt convert`, or fold an adapter of one expert with `moadapt merge`"
+        )
+    if model.decides_by_prompt:
+        raise AdapterError(
+            "router.granularity: this mixture decides once for a whole sequence, and the routers of exported "
+            "checkpoints for each token; only granularity: token can be exported"
         )
     blocks = []
     for item in injection.replacements:

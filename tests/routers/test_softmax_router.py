@@ -62,3 +62,42 @@ def test_single_expert_is_constant() -> None:
 def test_top_k_options_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts_per_tok"):
         ROUTERS.parse({"kind": "softmax", "num_experts_per_tok": 2})
+
+
+def test_normalised_scores_and_their_gradients_equal_the_loop() -> None:
+    router = make(normalize=True, temperature=0.5).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    tensors = {name: parameter.detach().clone().requires_grad_() for name, parameter in router.named_parameters()}
+    assert sorted(tensors) == ["bias", "input_scale", "weight", "weight_scale"]
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    x_naive = x.detach().clone().requires_grad_()
+    routing = router(x, RoutingContext())
+    naive = reference.NaiveRouter.of({"kind": "softmax", "temperature": 0.5}, tensors)
+    decisions = [naive(row, token) for token, row in enumerate(x_naive)]
+    gates = torch.stack([torch.stack(decision.gates) for decision in decisions])
+    reference.close(routing.weights_TN, gates, 1e-12, "gates")
+    reference.close(
+        routing.logits_TN, torch.stack([torch.stack(decision.logits) for decision in decisions]), 1e-12, "logits"
+    )
+    upstream = torch.sin(torch.arange(T * N).double() + 1.0).view(T, N)
+    (routing.weights_TN * upstream).sum().backward()
+    (gates * upstream).sum().backward()
+    reference.close(x.grad, x_naive.grad, 1e-10, "x")
+    for name, parameter in router.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        reference.close(parameter.grad, tensors[name].grad, 1e-10, name)
+
+
+def test_normalised_scores_do_not_depend_on_the_size_of_the_input() -> None:
+    router = ROUTERS.build(ROUTERS.parse({"kind": "softmax", "normalize": True}), 512, N)
+    assert router.bias.abs().max() == 0
+    assert torch.equal(router.input_scale, torch.ones(512))
+    assert torch.equal(router.weight_scale, torch.full((512,), 0.01))
+    x = torch.randn(T, 512)
+    routing = router(x, RoutingContext())
+    torch.testing.assert_close(
+        router(100.0 * x + 3.0, RoutingContext()).logits_TN, routing.logits_TN, rtol=1e-3, atol=1e-4
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(x, RoutingContext()).logits_TN, routing.logits_TN)

@@ -152,7 +152,7 @@ def test_single_expert_is_constant() -> None:
         ({"scope": []}, "scope"),
         ({"scope": "layer"}, "scope"),
         ({"scope": ["linear"]}, "scope"),
-        ({"granularity": "prompt"}, "granularity"),
+        ({"granularity": "task"}, "decides per token or prompt"),
         ({"jitter": 0.1}, "jitter"),
     ],
 )
