@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,11 +25,17 @@ from moadapt.convert import conversion_options
 from moadapt.errors import ConfigError
 from moadapt.overrides import apply_overrides
 from moadapt.presets import merge_preset
-from moadapt.registry import Config, _as_details, closest, config_error, load_plugins
+from moadapt.registry import Config, _as_details, closest, config_error, load_plugins, problem
 from moadapt.saving import CONFIG_FILE as ADAPTER_FILE
 from moadapt.saving import changed_mixture, read_adapter_config
 from moadapt.train.data_config import DataConfig
 from moadapt.train.deepspeed_config import read_deepspeed, zero_stage
+from moadapt.train.routing_checks import (
+    activation_problems,
+    bilevel_problems,
+    granularity_problems,
+    task_problems,
+)
 from moadapt.train.text import CalibrationConfig
 from moadapt.train.training_config import TrainingConfig
 
@@ -86,7 +92,7 @@ class RunConfig(Config):
         compared = {
             name: entry
             if not isinstance(entry, dict) or not isinstance(base, dict) or "preset" in entry
-            else merge_preset(base, entry)
+            else _without_idle_tasks(merge_preset(base, entry), entry)
             for name, entry in data["compare"].items()
         }
         return {**data, "compare": compared}
@@ -128,14 +134,54 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
+        problems = [*self._name_tasks(), *self._contradictions()]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+    def _mixtures(self) -> Iterator[tuple[tuple[str, ...], MixtureConfig]]:
+        """All mixtures with their places."""
+        if self.mixture is not None:
+            yield ("mixture",), self.mixture
+        for name, mixture in self.compare.items():
+            yield ("compare", name), mixture
+
+    def _name_tasks(self) -> Iterator[InitErrorDetails]:
+        """Give mixtures with parameters for each task the names of the data's tasks, unless they have some."""
+        if self.data is None or self.data.tasks is None:
+            return
+        names = [task.name for task in self.data.tasks]
+        for where, mixture in list(self._mixtures()):
+            if not mixture.needs_tasks or mixture.tasks is not None:
+                continue
+            try:
+                named = MixtureConfig.model_validate({**mixture.model_dump(mode="json"), "tasks": names})
+            except ValidationError as error:
+                for item in _as_details(error):
+                    item["loc"] = (*where, *item["loc"])
+                    yield item
+                continue
+            # Through __dict__: an ordinary assignment would validate, and so run this again.
+            if where == ("mixture",):
+                self.__dict__["mixture"] = named
+            else:
+                self.__dict__["compare"] = {**self.compare, where[1]: named}
+
+    def _contradictions(self) -> Iterator[InitErrorDetails]:
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit exclude each other; set one of them to false")
+            yield problem("load_in_4bit and load_in_8bit exclude each other; set one of them to false")
         if self.quantized and self.zero_stage == 3:
-            raise ValueError(
+            yield problem(
                 "load_in_4bit and load_in_8bit do not go with ZeRO-3, which takes the base weights apart; use "
                 "deepspeed: zero1"
             )
-        return self
+        found = dict.fromkeys(bilevel_problems(self.training, self.data, self.zero_stage))
+        for where, mixture in self._mixtures():  # compared ones may share a mistake
+            found |= dict.fromkeys(activation_problems(self.training, mixture, where))
+            if self.data is not None:
+                found |= dict.fromkeys(granularity_problems(self.data, mixture, where))
+                found |= dict.fromkeys(task_problems(self.data, mixture, where))
+        yield from (problem(text, *path) for path, text in found)
 
     @property
     def quantized(self) -> bool:
@@ -182,6 +228,17 @@ class RunConfig(Config):
                 del document[name]
         order = [name for name in type(self).model_fields if name in document]
         return yaml.safe_dump(_escaped({name: document[name] for name in order}), sort_keys=False, allow_unicode=True)
+
+
+def _without_idle_tasks(mixture: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A compared mixture that does not go by task takes no `tasks` over from the one that it starts from."""
+    if "tasks" not in mixture or "tasks" in entry:
+        return mixture
+    without = {name: value for name, value in mixture.items() if name != "tasks"}
+    try:
+        return mixture if MixtureConfig.model_validate(without).needs_tasks else without
+    except ValidationError:
+        return mixture  # its mistakes are reported with the other problems
 
 
 def _escaped(value: Any) -> Any:

@@ -129,6 +129,7 @@ def write_checkpoint(final: Path, content: Checkpoint, save_adapter: Callable[[P
         "format": _FORMAT,
         "trainer": content.trainer,
         "optimizer_step": content.optimizer.step,
+        "bilevel_step": content.optimizer.bilevel_step,
         "sampler": content.sampler,
         "callbacks": content.callbacks,
         "window": content.window,
@@ -169,7 +170,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, value in moments.items():
             kind, _, tensor = name.partition(".")
             by_kind[kind][tensor] = value
-        optimizer = OptimizerState(int(state["optimizer_step"]), by_kind["exp_avg"], by_kind["exp_avg_sq"])
+        moments_of = by_kind["exp_avg"], by_kind["exp_avg_sq"]
+        optimizer = OptimizerState(int(state["optimizer_step"]), *moments_of, state.get("bilevel_step"))
         return Checkpoint(
             weights, optimizer, rng, state["trainer"], state["sampler"], state["callbacks"], state["window"]
         )

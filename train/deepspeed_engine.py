@@ -172,16 +172,16 @@ class DeepSpeedEngine:
         return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
     def adapter_weights(self) -> dict[str, Tensor]:
-        """All adapter tensors, the trainable ones from DeepSpeed's fp32 masters. Collective."""
+        """All adapter tensors, those of the optimizer from DeepSpeed's fp32 masters. Collective."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = {}
+        weights, stepped = {}, {name for name, _ in self._named}
         for name, parameter in self.model.adapter_parameters():
             whole: Tensor = parameter
-            if self.zero_stage > 0 and parameter.requires_grad:
+            if self.zero_stage > 0 and name in stepped:
                 whole = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
-            with GatheredParameters([parameter], enabled=self.zero_stage == 3 and not parameter.requires_grad):
+            with GatheredParameters([parameter], enabled=self.zero_stage == 3 and name not in stepped):
                 if self.processes.is_main:
                     weights[name] = full_precision(whole)
         return weights

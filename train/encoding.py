@@ -5,6 +5,9 @@ tokenised on its own, so the ids of a prompt never depend on the response, and a
 the ids it was trained on. Some tokenizers put a space before every text they are given (Llama 2's, SentencePiece
 models). A later piece must not get that space: there it is tokenised behind a short anchor text whose ids are then
 cut off, so that the ids of all pieces together spell the pieces' text.
+
+A row always begins with tokens of a prompt: prompt-level routing makes each decision from the prompt tokens before an
+answer, and an answer whose prompt is cut off would have none.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from moadapt.errors import DataError
 from moadapt.train.chat import Piece, chat_pieces, end_marks, render
 from moadapt.train.data_config import DataConfig
 from moadapt.train.sources import Table
-from moadapt.train.templates import NO_RESPONSE, Message, TextRow
+from moadapt.train.templates import NO_PROMPT, NO_RESPONSE, Message, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # label of a token without loss
 TOO_LONG = "longer than max_length"
+NO_PROMPT_LEFT = "longer than max_length, and cut to it without any prompt"
 _CHUNK = 1000
 _PART = 100_000
 _LINE_START = re.compile(r"(?<=\n)(?=\S)")
@@ -44,7 +48,8 @@ class Example:
         labels: as long as `input_ids`, -100 where there is no loss; for an encoder-decoder model the response.
         prompt_text: the prompt as text.
         response_text: the reference for metrics.
-        prompt_mask: as long as `input_ids`; 1 on prompt tokens, in a conversation on all but the assistant's.
+        prompt_mask: as long as `input_ids`; 1 on prompt tokens, in a conversation on all but the assistant's. A run of
+            prompt tokens with the answer behind it is one turn. 0 everywhere for plain text.
         choices: the possible answers, for metric accuracy.
     """
 
@@ -188,10 +193,11 @@ class Encoder:
         return ids[1:] if ids[:1] == [self.bos_id] else ids
 
     def _example(self, row: TextRow, pieces: list[Piece], task_id: int) -> tuple[Example, bool] | str:
-        pieces[0].ids = self._start(pieces[0].ids) if row.messages is None else self._add_bos(pieces[0].ids)
         last = pieces[-1]
-        if not last.ids:
-            return NO_RESPONSE  # the tokenizer knows none of its characters
+        for piece, reason in ((last, NO_RESPONSE), (pieces[0], NO_PROMPT)):
+            if not piece.ids:
+                return reason  # the tokenizer knows none of its characters
+        pieces[0].ids = self._start(pieces[0].ids) if row.messages is None else self._add_bos(pieces[0].ids)
         if self.is_encoder_decoder:
             pieces[0].ids = pieces[0].ids + self.after
             last.ids = self._start(last.ids)
@@ -208,7 +214,9 @@ class Encoder:
         if too_long:
             if self.config.on_too_long == "drop":
                 return TOO_LONG
-            keep = _kept(ids, prompt_length, self.config.max_length, self.bos_id)
+            keep = _kept(ids, mask, prompt_length, self.config.max_length, self.bos_id)
+            if not keep:
+                return NO_PROMPT_LEFT
             prompt_length = sum(index < prompt_length for index in keep)
             ids, mask = [ids[index] for index in keep], [mask[index] for index in keep]
         if self.config.train_on_prompt:
@@ -276,14 +284,18 @@ def _prompt_and_response(pieces: list[Piece]) -> list[Piece]:
     return [Piece("".join(piece.text for piece in pieces[:-1]), False), pieces[-1]]
 
 
-def _kept(ids: list[int], prompt_length: int, limit: int, bos_id: int | None) -> list[int]:
+def _kept(ids: list[int], mask: list[int], prompt_length: int, limit: int, bos_id: int | None) -> list[int]:
     """Positions that stay when a row is cut to `limit` tokens.
 
-    The prompt loses tokens on its left (its beginning token stays) down to half of `limit`; then the response loses
-    tokens on its right.
+    All before the last response loses tokens on its left (its beginning token stays) down to half of `limit`. Where
+    that ends within an earlier answer, the rest of this answer goes too, so that the row begins with a prompt. Then the
+    last response loses tokens on its right.
+
+    Returns:
+        The positions; none where no token of a prompt would be left.
     """
     excess = len(ids) - limit
-    cut = min(excess, max(prompt_length - limit // 2, 0))
     first = int(bool(ids) and ids[0] == bos_id and prompt_length > 0)
-    keep = [*range(first), *range(first + cut, len(ids))]
-    return keep[:limit]
+    cut = first + min(excess, max(prompt_length - limit // 2, 0))
+    start = next((index for index in range(cut, prompt_length) if mask[index]), None)
+    return [] if start is None else [*range(first), *range(start, len(ids))][:limit]

@@ -72,11 +72,14 @@ class OptimizerState:
         step: AdamW steps done.
         exp_avg: first moments.
         exp_avg_sq: second moments.
+        bilevel_step: steps done on the tensors that `bilevel_activation` trains apart; None without it. Their moments
+            are among the others.
     """
 
     step: int
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
+    bilevel_step: int | None = None
 
 
 class Engine(Protocol):

@@ -20,6 +20,8 @@ from moadapt.errors import ConfigError
 from moadapt.train.collate import Collator
 from moadapt.train.engine import Processes
 from moadapt.train.metrics import compute_metric
+from moadapt.train.routing_checks import check_prompts
+from moadapt.train.task_ids import TaskIds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,11 +135,14 @@ def evaluate_tasks(
         progress: called with what is done, how much of it, and the total.
 
     Raises:
-        ConfigError: no task has evaluation examples.
+        ConfigError: no task has evaluation examples, or the model cannot route one of them: it has no parameters for
+            the task, or routes by prompt and a row has none.
     """
     chosen = [task for task in tasks if task.eval]
     if not chosen:
         raise ConfigError("data: no task has evaluation examples; give eval_path, eval_split or eval_fraction")
+    check_prompts(model, chosen)
+    task_ids = TaskIds(model, chosen)
     processes = processes or Processes(device=next(model.parameters()).device)
     work = [math.ceil(len(task.eval) / batch_size) for task in chosen]
     total = sum(count * (2 if metrics and task.metric else 1) for task, count in zip(chosen, work, strict=True))
@@ -153,10 +158,11 @@ def evaluate_tasks(
     result = EvaluationResult()
     with torch.no_grad(), evaluating(model), computing():
         for task in chosen:
-            loss, tokens = _loss(model, task, collator, batch_size, processes, tick)
+            loss, tokens = _loss(model, task, task_ids, collator, batch_size, processes, tick)
             scores: dict[str, float] = {"loss": loss, "num_examples": len(task.eval), "num_tokens": tokens}
             if metrics and task.metric:
-                answers = _answers(model, tokenizer, task, collator, batch_size, processes, synced_gpus, ends, tick)
+                how = (collator, batch_size, processes, synced_gpus, ends, tick)
+                answers = _answers(model, tokenizer, task, task_ids, *how)
                 references = [example.response_text for example in task.eval]
                 choices = [example.choices for example in task.eval]
                 scores[task.metric] = compute_metric(task.metric, answers, references, choices)
@@ -194,6 +200,7 @@ def _batches(lengths: Sequence[int], batch_size: int, processes: Processes) -> I
 def _loss(
     model: Any,
     task: Task,
+    task_ids: TaskIds,
     collator: Collator,
     batch_size: int,
     processes: Processes,
@@ -205,7 +212,7 @@ def _loss(
     for number, rows, counts in _batches(lengths, batch_size, processes):
         batch = collator([task.eval[row] for row in rows])
         tokens = count_targets(batch["labels"], collator.is_encoder_decoder)
-        output = model(**{name: value.to(processes.device) for name, value in batch.items()})
+        output = model(**dict(task_ids.for_model(batch, processes.device)))
         if counts and tokens:
             sums_N2[number] = torch.tensor([float(output.loss) * tokens, tokens], dtype=torch.float64)
         tick(task.name, processes.world_size)
@@ -218,6 +225,7 @@ def _answers(
     model: Any,
     tokenizer: Any,
     task: Task,
+    task_ids: TaskIds,
     collator: Collator,
     batch_size: int,
     processes: Processes,
@@ -232,7 +240,7 @@ def _answers(
     for _, rows, counts in _batches(lengths, batch_size, processes):
         prompts = collator.collate_prompts([task.eval[row] for row in rows])
         output_BS = model.generate(
-            **{name: value.to(processes.device) for name, value in prompts.items()},
+            **dict(task_ids.for_model(prompts, processes.device)),
             max_new_tokens=longest,
             do_sample=False,
             num_beams=1,

@@ -12,13 +12,20 @@ from torch import nn
 from moadapt.errors import ConfigError
 from moadapt.train.training_config import TrainingConfig
 
+_OPTION_OF = {
+    "router_learning_rate": "router",
+    "loraplus_lr_ratio": "up",
+    "activation_learning_rate": "activation",
+    "bilevel_activation": "activation",
+}  # options that need a group of this kind
+
 
 @dataclass
 class ParameterGroup:
     """Trainable tensors that share a learning rate and a weight decay.
 
     Attributes:
-        name: `adapter`, `up` or `router`, with `_no_decay` where weight decay does not apply.
+        name: `adapter`, `up` or `router`, with `_no_decay` where weight decay does not apply; or `activation`.
         learning_rate: the peak learning rate.
         weight_decay: AdamW's weight decay.
         parameters: the tensors with their names.
@@ -56,26 +63,36 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[Parameter
     """Split the trainable tensors by learning rate and weight decay.
 
     Routers get `router_learning_rate`. Up-projections (the B of an adapter) get `learning_rate *
-    loraplus_lr_ratio` (LoRA+, arXiv:2402.12354, section 4). One-dimensional tensors are never decayed.
+    loraplus_lr_ratio` (LoRA+, arXiv:2402.12354, section 4). The coefficients of the routers' rational activation get
+    `activation_learning_rate` (MiLoRA, arXiv:2410.18035). These and one-dimensional tensors are never decayed.
+
+    Raises:
+        ConfigError: there is nothing to train, or nothing that an option is for.
     """
+    router_rate = config.router_learning_rate or config.learning_rate
     rates = {
         "adapter": config.learning_rate,
         "up": config.learning_rate * (config.loraplus_lr_ratio or 1.0),
-        "router": config.router_learning_rate or config.learning_rate,
+        "router": router_rate,
+        "activation": config.activation_learning_rate or router_rate,
     }
     groups: dict[str, ParameterGroup] = {}
     for name, parameter in trainable_parameters(model):
         role = model.parameter_role(name)  # type: ignore[operator]
-        kind = role if role in ("up", "router") else "adapter"
+        kind = role if role in rates else "adapter"
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        decays = len(shape) > 1 and config.weight_decay > 0
-        key = kind if decays or config.weight_decay == 0 else f"{kind}_no_decay"
+        decays = len(shape) > 1 and config.weight_decay > 0 and kind != "activation"
+        bare = decays or config.weight_decay == 0 or kind == "activation"
+        key = kind if bare else f"{kind}_no_decay"
         if key not in groups:
             groups[key] = ParameterGroup(key, rates[kind], config.weight_decay if decays else 0.0, [])
         groups[key].parameters.append((name, parameter))
-    for option, kind in (("router_learning_rate", "router"), ("loraplus_lr_ratio", "up")):
-        if getattr(config, option) is not None and not any(key.startswith(kind) for key in groups):
-            raise ConfigError(f"training.{option}: this mixture has no trainable {kind} tensor; leave the option out")
+    for option, kind in _OPTION_OF.items():
+        if getattr(config, option) and not any(key.startswith(kind) for key in groups):
+            way_out = ", or set router.activation: rational" if kind == "activation" else ""
+            raise ConfigError(
+                f"training.{option}: this mixture has no trainable {kind} tensor; leave the option out{way_out}"
+            )
     return [groups[key] for key in sorted(groups)]
 
 

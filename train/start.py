@@ -1,14 +1,15 @@
-"""How a run starts: with which processes, and afresh or from a checkpoint that fits the data."""
+"""How a run starts: with which processes and tasks, and afresh or from a checkpoint that fits the data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moadapt.errors import ConfigError
+from moadapt.errors import ConfigError, DataError
 from moadapt.train.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -18,7 +19,9 @@ from moadapt.train.checkpoint import (
     step_of,
 )
 from moadapt.train.engine import Processes, pick_device, refuse_many_processes
+from moadapt.train.evaluation import EvaluationResult
 from moadapt.train.sampling import MixtureSampler
+from moadapt.train.tasks import Task
 from moadapt.train.training_config import TrainingConfig
 
 
@@ -42,6 +45,26 @@ def leave_processes() -> None:
     """Leave the process group at the end of a program; without one it does nothing."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_tasks(tasks: Sequence[Task], config: TrainingConfig) -> None:
+    """Whether there is something to train on, and to evaluate where that is asked for.
+
+    Raises:
+        DataError: there is no task.
+        ConfigError: there are no evaluation rows, or they do not give the metric that decides.
+    """
+    if not tasks:
+        raise DataError("data: there is no task")
+    wanted = [name for name in ("eval_strategy", "eval_on_start") if getattr(config, name) not in ("no", False)]
+    if wanted and not any(task.eval for task in tasks):
+        raise ConfigError(
+            f"training.{wanted[0]}: no task has evaluation examples; give eval_path, eval_split or eval_fraction"
+        )
+    if wanted:  # a name that is never evaluated must not come to light after hours
+        evaluated = [task for task in tasks if task.eval]
+        scores = {task.name: dict.fromkeys(["loss", *filter(None, [task.metric])], 0.0) for task in evaluated}
+        EvaluationResult(scores).value(config.best_metric)
 
 
 def sampler_identity(sampler: MixtureSampler) -> dict[str, Any]:

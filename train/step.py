@@ -25,6 +25,7 @@ from moadapt.train.evaluation import count_targets
 from moadapt.train.optimizer import LearningRates
 from moadapt.train.sampling import MixtureSampler
 from moadapt.train.step_losses import StepLosses, StepValues
+from moadapt.train.task_ids import TaskIds
 from moadapt.train.tasks import Task
 
 
@@ -36,6 +37,7 @@ class StepRunner:
         engine: forward, backward, optimizer.
         sampler: says which rows a micro-batch has.
         tasks: hold the rows.
+        task_ids: the model's ids of the tasks.
         collator: makes batches of them.
         rates: the learning rates by step.
         accumulation: micro-batches of a step on one process.
@@ -44,6 +46,7 @@ class StepRunner:
     engine: Engine
     sampler: MixtureSampler
     tasks: Sequence[Task]
+    task_ids: TaskIds
     collator: Collator
     rates: LearningRates
     accumulation: int
@@ -71,8 +74,7 @@ class StepRunner:
         names = [task.name for task in self.tasks]
         losses = StepLosses(names, items, self.collator.is_encoder_decoder, processes)
         for micro, (batch, count) in enumerate(zip(batches, targets, strict=True)):
-            on_device = {name: value.to(processes.device) for name, value in batch.items()}
-            output = engine.forward(on_device, num_items)
+            output = engine.forward(dict(self.task_ids.for_model(batch, processes.device)), num_items)
             losses.add(output, engine.model.last_losses, batch, count)
             engine.backward(output.loss, last=micro == self.accumulation - 1)
         values = losses.reduce()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from rich import get_console
 from torch import Tensor
 
-from moadapt.errors import AdapterError, ConfigError, DataError
+from moadapt.errors import AdapterError, ConfigError
 from moadapt.registry import config_error
+from moadapt.train.bilevel import GROUP, BilevelActivation, evaluation_sampler
 from moadapt.train.callbacks import (
     EarlyStoppingCallback,
     TrainerCallback,
@@ -40,40 +41,14 @@ from moadapt.train.engine import Engine, PlainEngine, TrainingError
 from moadapt.train.evaluation import EvaluationResult, evaluate_tasks
 from moadapt.train.logging import RunLogger, Window, check_trackers
 from moadapt.train.optimizer import LearningRates, parameter_groups
+from moadapt.train.result import TrainResult
+from moadapt.train.routing_checks import check_prompts
 from moadapt.train.sampling import MixtureSampler
-from moadapt.train.start import clear_output, open_checkpoint, sampler_identity, start_processes
+from moadapt.train.start import check_tasks, clear_output, open_checkpoint, sampler_identity, start_processes
 from moadapt.train.step import StepRunner
+from moadapt.train.task_ids import TaskIds
 from moadapt.train.tasks import Task, load_tasks
 from moadapt.train.training_config import TrainingConfig, interval, training_config_from_dict
-
-
-@dataclass
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        global_step: optimizer steps done, those before a resume included.
-        loss: mean over this run's steps of the training loss.
-        tokens: tokens trained on, those before a resume included.
-        seconds: time of this run, evaluations and saving included.
-        stop_reason: why it ended before `max_steps`, or None.
-        best_value: best value of `metric_for_best_model`, or None without evaluations.
-        best_checkpoint: its checkpoint, where one was saved.
-        evaluation: the last evaluation, or None.
-        history: the log entries, as in `metrics.jsonl` (first process only).
-        output_dir: where the final adapter is.
-    """
-
-    global_step: int
-    loss: float
-    tokens: int
-    seconds: float
-    stop_reason: str | None
-    best_value: float | None
-    best_checkpoint: Path | None
-    evaluation: EvaluationResult | None
-    history: list[dict[str, float]] = field(default_factory=list)
-    output_dir: Path = Path()
 
 
 class MultiTaskTrainer:
@@ -114,18 +89,22 @@ class MultiTaskTrainer:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.data, loaded = self._load(data, tasks)
         self.tasks: list[Task] = list(loaded)
-        self._check_tasks()
+        check_tasks(self.tasks, config)
+        check_prompts(model, self.tasks)
+        self.task_ids = TaskIds(model, self.tasks, train=True)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         side = self.data.padding_side if self.data else "right"
         # Left padding shifts tokens, so a model with absolute positions must be told where each row starts.
         positions = side == "left" and "position_ids" in signature(model.base_model.forward).parameters
         self.collator = Collator(pad or 0, side, self.is_encoder_decoder, position_ids=positions)
+        self._sampling = self.data.sampling if self.data else SamplingConfig()
+        self._shares = self.data.sampling_weights([task.name for task in self.tasks]) if self.data else None
         self.sampler = MixtureSampler(
             [len(task.train) for task in self.tasks],
             config.per_device_train_batch_size,
-            self.data.sampling if self.data else SamplingConfig(),
+            self._sampling,
             config.seed if config.data_seed is None else config.data_seed,
-            weights=self.data.sampling_weights([task.name for task in self.tasks]) if self.data else None,
+            weights=self._shares,
         )
         self.callbacks = list(callbacks)
         if config.early_stopping_patience is not None:
@@ -138,6 +117,7 @@ class MultiTaskTrainer:
         self.evaluation: EvaluationResult | None = None
         self._window = Window()
         self._engine: Engine | None = None
+        self._bilevel: BilevelActivation | None = None
         self._checkpoint: Checkpoint | None = None
         self._logger: RunLogger | None = None
 
@@ -159,21 +139,6 @@ class MultiTaskTrainer:
                     get_console().print(task.report(), highlight=False, markup=False)
         return data, tasks
 
-    def _check_tasks(self) -> None:
-        if not self.tasks:
-            raise DataError("data: there is no task")
-        wanted = [
-            name for name in ("eval_strategy", "eval_on_start") if getattr(self.config, name) not in ("no", False)
-        ]
-        if wanted and not any(task.eval for task in self.tasks):
-            raise ConfigError(
-                f"training.{wanted[0]}: no task has evaluation examples; give eval_path, eval_split or eval_fraction"
-            )
-        if wanted:  # a name that is never evaluated must not come to light after hours
-            evaluated = [task for task in self.tasks if task.eval]
-            scores = {task.name: dict.fromkeys(["loss", *filter(None, [task.metric])], 0.0) for task in evaluated}
-            EvaluationResult(scores).value(self.config.best_metric)
-
     def _set_up(self, resume: str | bool | None) -> Engine:
         """Build the engine, once; a checkpoint's weights go into the model before that."""
         if self._engine is not None:
@@ -186,22 +151,51 @@ class MultiTaskTrainer:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or None)
         self.groups = parameter_groups(self.model, config)
+        if config.bilevel_activation:
+            self._bilevel = self._take_activation_out()
         rates = LearningRates(self.groups, config, self.state.max_steps)
-        if self.deepspeed is None:
-            self._engine = PlainEngine(self.model, self.groups, config)
-        else:
-            from moadapt.train.deepspeed_engine import DeepSpeedEngine
-
-            self._engine = DeepSpeedEngine(self.model, self.groups, config, self.deepspeed, self.processes)
-            if self._checkpoint is not None:
-                self._engine.load_adapter_weights(self._checkpoint.weights)
-                self.model.objective.load_states(self._checkpoint.weights)
+        with self._training_rows_only():
+            engine = self._build_engine()
+        if self._bilevel is not None:
+            self._bilevel.attach(engine)
+        self._engine = engine
         if self._checkpoint is not None:
-            self._engine.load_optimizer_state(self._checkpoint.optimizer)
+            engine.load_optimizer_state(self._checkpoint.optimizer)
+            if self.deepspeed is not None:
+                self._load_weights(self._checkpoint.weights)
+            if self._bilevel is not None:
+                self._bilevel.load_state(self._checkpoint.optimizer)
         self._steps = StepRunner(
-            self._engine, self.sampler, self.tasks, self.collator, rates, config.gradient_accumulation_steps
+            *(engine, self.sampler, self.tasks, self.task_ids, self.collator, rates),
+            accumulation=config.gradient_accumulation_steps,
         )
-        return self._engine
+        return engine
+
+    def _build_engine(self) -> Engine:
+        if self.deepspeed is None:
+            return PlainEngine(self.model, self.groups, self.config)
+        from moadapt.train.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(self.model, self.groups, self.config, self.deepspeed, self.processes)
+
+    def _take_activation_out(self) -> BilevelActivation:
+        """Leave the coefficients of the routers' activation out of the engine's groups."""
+        [group] = [group for group in self.groups if group.name == GROUP]
+        self.groups = [other for other in self.groups if other is not group]
+        sampler = evaluation_sampler(self.tasks, self.config, self._sampling, self._shares)
+        steps = self.state.max_steps
+        return BilevelActivation(group, sampler, self.tasks, self.task_ids, self.collator, self.config, steps)
+
+    def _training_rows_only(self) -> AbstractContextManager[None]:
+        """Inside the `with` block what is learned from evaluation rows is frozen."""
+        return nullcontext() if self._bilevel is None else self._bilevel.frozen()
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the trainable tensors, and the states of losses, by those of a checkpoint. Collective."""
+        self.engine.load_adapter_weights(weights)
+        if self._bilevel is not None:
+            self._bilevel.load_weights(weights)
+        self.model.objective.load_states(weights)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -300,10 +294,14 @@ class MultiTaskTrainer:
     def _step(self) -> bool:
         """One optimizer step and its entry in the log's window; False when a process wants to stop."""
         assert self._logger is not None
-        done = self._steps.run(self.state)
+        with self._training_rows_only():
+            done = self._steps.run(self.state)
         if done is None:
             return False
         values, norm = done
+        bilevel_loss = None if self._bilevel is None else self._bilevel.run(self.state.global_step)
+        if bilevel_loss is not None:
+            self._window.add("train/bilevel_loss", bilevel_loss)
         self._sum_of_losses += values.loss
         values.add_to(self._window)
         if norm is not None:
@@ -314,8 +312,11 @@ class MultiTaskTrainer:
     def _log(self, tokens_per_second: float) -> None:
         assert self._logger is not None
         values = {**self._window.means(), "train/tokens_per_second": tokens_per_second}
-        rates = self._steps.rates.at(self.state.global_step - 1)
-        values |= {f"train/learning_rate/{group.name}": rate for group, rate in zip(self.groups, rates, strict=True)}
+        groups, rates = list(self.groups), self._steps.rates.at(self.state.global_step - 1)
+        if self._bilevel is not None:
+            groups.append(self._bilevel.group)
+            rates += self._bilevel.rates.at(self.state.global_step - 1)
+        values |= {f"train/learning_rate/{group.name}": rate for group, rate in zip(groups, rates, strict=True)}
         values |= {"epoch": round(self.state.epoch, 6), "tokens": self.state.tokens}
         self._window.clear()
         self._logger.log(values, self.state.global_step)
@@ -376,9 +377,10 @@ class MultiTaskTrainer:
             TrainingError: it could not be written; on every process.
         """
         config, state, engine = self.config, self.state, self._set_up(self.config.resume_from_checkpoint)
+        optimizer = engine.optimizer_state()
         content = Checkpoint(
             engine.adapter_weights(),
-            engine.optimizer_state(),
+            optimizer if self._bilevel is None else self._bilevel.add_state(optimizer),
             gather_rng(self.processes),
             state.to_dict(),
             sampler_identity(self.sampler),
@@ -426,13 +428,10 @@ class MultiTaskTrainer:
 
     def _load_best(self) -> None:
         """Put the weights of the best evaluation back; each was saved, but for the one before the first step."""
-        assert self._engine is not None
         assert self._logger is not None
         path = self._best_checkpoint()
         if path is not None:
-            weights = read_checkpoint(path).weights
-            self._engine.load_adapter_weights(weights)
-            self.model.objective.load_states(weights)
+            self._load_weights(read_checkpoint(path).weights)
         elif self.state.best_step == 0:
             self._logger.show("no evaluation was better than the one before the first step; the last weights are kept")
         else:

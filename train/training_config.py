@@ -37,8 +37,13 @@ class TrainingConfig(Config):
         per_device_train_batch_size: rows of one micro-batch on one process.
         per_device_eval_batch_size: rows of one evaluation batch; scores do not depend on the number of processes.
         gradient_accumulation_steps: micro-batches of one optimizer step on one process.
-        learning_rate: the learning rate of all adapter tensors except where the two options below say otherwise.
+        learning_rate: the learning rate of all adapter tensors except where the options below say otherwise.
         router_learning_rate: the learning rate of the routers; None means `learning_rate`.
+        activation_learning_rate: the learning rate of the coefficients of the routers' rational activation (1e-6 in
+            MiLoRA, 2410.18035); None means that of the routers.
+        bilevel_activation: learn these coefficients from the tasks' evaluation rows, and all else from the training
+            rows, in turn (MiLoRA, 2410.18035, as first-order DARTS).
+        bilevel_steps: optimizer steps between two steps of the coefficients, with `bilevel_activation`.
         loraplus_lr_ratio: LoRA+ (arXiv:2402.12354): up-projections learn at `learning_rate` times this; None means 1.
         weight_decay: AdamW's decoupled weight decay, on adapter matrices; biases and vectors have none.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's other constants.
@@ -82,6 +87,9 @@ class TrainingConfig(Config):
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
     router_learning_rate: float | None = Field(None, gt=0)
+    activation_learning_rate: float | None = Field(None, gt=0)
+    bilevel_activation: bool = False
+    bilevel_steps: int = Field(1, ge=1)
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -164,6 +172,10 @@ class TrainingConfig(Config):
             problems.append("warmup_steps and warmup_ratio exclude each other; leave one of them out")
         if self.lr_scheduler_type in _NO_WARMUP and (self.warmup_steps or self.warmup_ratio):
             problems.append("lr_scheduler_type: constant has no warmup; use constant_with_warmup")
+        if self.bilevel_steps != 1 and not self.bilevel_activation:
+            problems.append("bilevel_steps needs bilevel_activation: true")
+        if self.bilevel_activation and self.fp16:
+            problems.append("bilevel_activation has no loss scaling, which fp16 needs; use bf16: true instead of fp16")
         if self.gradient_checkpointing_kwargs and not self.gradient_checkpointing:
             problems.append("gradient_checkpointing_kwargs needs gradient_checkpointing: true")
         if self.gradient_checkpointing_kwargs.get("use_reentrant"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +12,9 @@ from tokenizers import normalizers
 
 from moadapt.errors import DataError
 from moadapt.train.data_config import DataConfig
-from moadapt.train.encoding import Encoder, Example, end_token_id
+from moadapt.train.encoding import NO_PROMPT_LEFT, Encoder, Example, end_token_id
 from moadapt.train.sources import Table
-from moadapt.train.templates import NO_RESPONSE, TextRow
+from moadapt.train.templates import NO_PROMPT, NO_RESPONSE, TextRow
 
 BOS, EOS = 1, 2
 PLAIN, SPACED = plain_tokenizer(), space_adding_tokenizer()
@@ -251,6 +253,91 @@ def test_truncated_conversation_keeps_its_last_answer():
     assert tokenizer.decode(found.input_ids) == "<|im_end|>\n<|im_start|>assistant\nok<|im_end|>"
     assert len(found.input_ids) == 16
     assert tokenizer.decode(found.input_ids[found.prompt_length :]) == "ok<|im_end|>"
+
+
+def turns(tokenizer, found) -> list[tuple[str, str]]:
+    """Each run of prompt tokens, and the answer behind it, as text."""
+    runs = [
+        (is_prompt, tokenizer.decode([token for token, _ in pairs]))
+        for is_prompt, pairs in groupby(zip(found.input_ids, found.prompt_mask, strict=True), key=lambda pair: pair[1])
+    ]
+    texts = [text for _, text in runs]
+    assert [is_prompt for is_prompt, _ in runs] == [1, 0] * (len(runs) // 2)  # a prompt, an answer, and so on
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def begin(tokenizer, bos):
+    """CHATML, with a beginning token in the template."""
+    tokenizer.chat_template = ("<s>" if bos else "") + CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("make", [plain_tokenizer, space_adding_tokenizer])
+def test_a_turn_is_a_prompt_and_its_answer(make, bos):
+    """Beginning token and system message are of the first turn; a line break behind an answer is of the next one."""
+    tokenizer = begin(make(), bos)
+    rows = [{"role": "system", "content": "be"}, *chat("hi", "yo", "a", "ok", "b", "no")]
+    found = turns(tokenizer, example(tokenizer, rows))
+    marks = "<|im_start|>{}\n{}<|im_end|>\n".format
+    asks = "<|im_start|>assistant\n"
+    plain = make is plain_tokenizer  # the other one has no token for the marks, and a space before a text
+    start = ("<s>" if plain else "<s> ") if bos else ""
+    first = start + marks("system", "be") + marks("user", "hi") + asks
+    end = "<|im_end|>" if plain else "<|im_end|>\n"
+    gap = "\n" if plain else ""
+    assert found == [
+        (first, f"yo{end}"),
+        (gap + marks("user", "a") + asks, f"ok{end}"),
+        (gap + marks("user", "b") + asks, f"no{end}" if plain else "no<|im_end|>\n</s>"),
+    ]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("limit", range(14, 72))
+def test_a_conversation_that_is_cut_begins_with_a_prompt(limit, bos):
+    """However far the cut on the left or the right goes; no answer is left without a part of its own prompt."""
+    tokenizer = begin(plain_tokenizer(), bos)
+    row = chat("hi", "0123456789", "a", "abcdefghijklmnop")
+    whole = turns(tokenizer, example(tokenizer, row))
+    found, truncated = encode(tokenizer, row, max_length=limit, on_too_long="truncate")
+    cut = turns(tokenizer, found)
+    assert truncated == (limit < 69 + bos)
+    assert len(found.input_ids) <= limit
+    assert (found.input_ids[0] == BOS) == bos
+    ours, theirs = cut[0], whole[-len(cut)]
+    if len(cut) == len(whole):  # a part of the first prompt is left
+        assert theirs[0].endswith(ours[0].removeprefix("<s>"))
+        assert len(ours[0]) > 3 * bos
+    else:  # the first answer went with its prompt
+        assert theirs[0].endswith(ours[0].removeprefix("<s>"))
+        assert ours[0].removeprefix("<s>")
+    assert all(answer == wanted for (_, answer), (_, wanted) in zip(cut[:-1], whole[-len(cut) : -1], strict=True))
+    assert whole[-1][1].startswith(cut[-1][1])
+    assert found.prompt_length == len(found.input_ids) - found.prompt_mask[::-1].index(1)
+
+
+def test_the_rest_of_an_answer_goes_with_its_prompt():
+    tokenizer = plain_tokenizer(CHATML)
+    row = chat("hi", "0123456789", "a", "abc")
+    # 21 tokens before the first answer, 11 in it, 21 in the second prompt, 3 in the last answer ("ab" is one)
+    found, truncated = encode(tokenizer, row, max_length=30, on_too_long="truncate")
+    assert truncated
+    text = "\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nabc<|im_end|>"
+    assert tokenizer.decode(found.input_ids) == text  # and not "56789<|im_end|>" before it
+    assert found.labels == [
+        -100 if mark else token for token, mark in zip(found.input_ids, found.prompt_mask, strict=True)
+    ]
+
+
+def test_a_row_that_cannot_keep_a_prompt_is_dropped():
+    tokenizer = plain_tokenizer("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    row = [*chat("hi", "0123456789"), {"role": "assistant", "content": "abcdefghijkl"}]
+    assert encode(tokenizer, row, max_length=16, on_too_long="truncate") == NO_PROMPT_LEFT
+    assert turns(tokenizer, example(tokenizer, row)) == [("<hi>", "<0123456789><abcdefghijkl></s>")]
+    silent = plain_tokenizer()
+    silent.backend_tokenizer.normalizer = normalizers.Replace("@", "")
+    assert encode(silent, ("@@", "x")) == NO_PROMPT
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -22,6 +22,7 @@ from trainer_helpers import (
     make_base,
     make_converted,
     make_model,
+    make_prompt_model,
     make_tasks,
     make_tokenizer,
     options,
@@ -135,7 +136,30 @@ def converted(folder: Path, world: int, deepspeed: Any, name: str, **more: Any) 
     run(folder, world, deepspeed, model=make_converted(**CONVERTED[name]), **changes)
 
 
+BILEVEL = {**SHORT, "bilevel_activation": True, "activation_learning_rate": 5e-3, "router_learning_rate": 3e-3}
+
+
+def bilevel(folder: Path, world: int, deepspeed: Any, **more: Any) -> None:
+    """A short run whose routers' activation learns from evaluation rows."""
+    run(folder, world, deepspeed, model=make_prompt_model(), **{**BILEVEL, **more})
+
+
+def bilevel_in_one_process(folder: Path) -> None:
+    from moadapt.errors import ConfigError
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    bilevel(folder / "bilevel-plain", 1, None, **saving)
+    checkpoint = str(folder / "bilevel-plain" / "checkpoint-3")
+    bilevel(folder / "bilevel-resumed-zero2", 1, zero(2), resume=checkpoint)
+    bilevel(folder / "bilevel-bf16", 1, zero(1), bf16=True, activation_learning_rate=1e-6, **saving)
+    try:
+        bilevel(folder / "bilevel-zero3", 1, zero(3))
+    except ConfigError as error:
+        (folder / "bilevel-zero3.txt").write_text(str(error))
+
+
 def in_one_process(folder: Path) -> None:
+    bilevel_in_one_process(folder)
     for name in CONVERTED:
         converted(folder / f"{name}-plain", 1, None, name)
         converted(folder / f"{name}-world1-zero3", 1, zero(3), name, gradient_checkpointing=True)
@@ -187,6 +211,8 @@ def in_two_processes(folder: Path) -> None:
     from moadapt.train.engine import TrainingError
     from moadapt.train.gradient_guard import GradientOrderGuard
 
+    for stage in (0, 1, 2):
+        bilevel(folder / f"bilevel-world2-zero{stage}", 2, zero(stage))
     for stage in STAGES:
         run(folder / f"world2-zero{stage}", 2, zero(stage))
     for stage in (1, 2, 3):
@@ -413,3 +439,34 @@ def test_gradients_in_another_order_are_found(runs: Path) -> None:
         assert "another order" in report["other"]
         assert "another order" in report["skipped"]
     assert "second" in json.loads((runs / "report1.json").read_text())["skipped"]
+
+
+def test_two_levels_are_the_same_for_one_and_two_processes(runs: Path) -> None:
+    """The coefficients of the routers' activation, which stay outside of DeepSpeed, included."""
+    wanted, entries = load_file(runs / "bilevel-plain" / "mixture.safetensors"), history(runs / "bilevel-plain")
+    first = make_prompt_model()
+    coefficients = [name for name in wanted if name.endswith(("numerator", "denominator"))]
+    start = weights(first)
+    assert all(float((wanted[name] - start[name]).abs().max()) > 100 * WEIGHT for name in coefficients)
+    for name in (*(f"bilevel-world2-zero{stage}" for stage in (0, 1, 2)), "bilevel-resumed-zero2"):
+        found = load_file(runs / name / "mixture.safetensors")
+        assert max(float((found[key] - value).abs().max()) for key, value in wanted.items()) <= WEIGHT, name
+        logged = history(runs / name)
+        for key in ("train/loss", "train/bilevel_loss"):
+            ours, theirs = ([entry[key] for entry in run if key in entry] for run in (logged, entries))
+            assert ours == pytest.approx(theirs[-len(ours) :], abs=LOSS), (name, key)
+            assert len(ours) == (3 if "resumed" in name else 6)
+
+
+def test_two_levels_under_deepspeed_bf16_keep_fp32_coefficients(runs: Path) -> None:
+    """Steps of at most 1e-6 vanish in bfloat16, and the start is not a bfloat16 number."""
+    start, saved = weights(make_prompt_model()), load_file(runs / "bilevel-bf16" / "mixture.safetensors")
+    names = [name for name in saved if name.endswith(("numerator", "denominator"))]
+    assert len(names) == 4
+    for name in names:
+        assert saved[name].dtype == torch.float32
+        assert 0 < float((saved[name] - start[name]).abs().max()) < 1e-5
+
+
+def test_two_levels_refuse_zero3(runs: Path) -> None:
+    assert "deepspeed: zero1 or zero2" in (runs / "bilevel-zero3.txt").read_text()

@@ -18,7 +18,10 @@ from moadapt.train.logging import check_trackers
 from moadapt.train.optimizer import LearningRates, build_optimizer, parameter_groups
 from moadapt.train.training_config import TrainingConfig, interval, training_config_from_dict
 
-OWN = {"router_learning_rate", "loraplus_lr_ratio", "early_stopping_patience", "early_stopping_threshold"}
+OWN = {
+    *("router_learning_rate", "activation_learning_rate", "loraplus_lr_ratio"),
+    *("bilevel_activation", "bilevel_steps", "early_stopping_patience", "early_stopping_threshold"),
+}
 FORMER = {"overwrite_output_dir", "warmup_ratio"}  # transformers had them before version 5
 
 

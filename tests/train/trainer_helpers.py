@@ -65,6 +65,27 @@ def make_model(dropout: float = 0.0, **changes: Any) -> MixtureModel:
     return model
 
 
+PROMPT_ROUTER: dict[str, Any] = {
+    "kind": "top_k",
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "scope": "block",
+    "granularity": "prompt",
+    "activation": "rational",
+    "init_std": 0.5,
+}
+
+
+def make_prompt_model(dropout: float = 0.0, **changes: Any) -> MixtureModel:
+    """Routed by prompt, with learned coefficients of the routers' activation."""
+    return make_model(dropout, **{"router": PROMPT_ROUTER, **changes})
+
+
+def activations(model: MixtureModel) -> dict[str, torch.Tensor]:
+    """Copies of the coefficients of the routers' activation."""
+    return {name: value for name, value in weights(model).items() if model.parameter_role(name) == "activation"}
+
+
 def make_converted(**changes: Any) -> MixtureModel:
     """The same base model with its feed-forward blocks cut into four trained experts."""
     mixture: dict[str, Any] = {
