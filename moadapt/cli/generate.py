@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moadapt.cli.arguments import AdapterPath, BaseModel, Dtype, UseCpu, checked_dtype
-from moadapt.cli.console import guarded, note, quiet_libraries
-from moadapt.errors import ConfigError, DataError
+from moadapt.cli.console import guarded, note, out, quiet_libraries
+from moadapt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moadapt.run_config import RunConfig
-    from moadapt.train.data_config import DataConfig
+    from moadapt.cli.generating import Answer, Prompt
 
 
 @guarded
@@ -26,7 +24,9 @@ def generate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="FILE", help="Prompts: .txt, one a line, or .jsonl with `prompt`."),
+        typer.Option(
+            "--file", "-f", metavar="FILE", help="Prompts: .txt, one a line, or .jsonl with `prompt`, `task`."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSONL to a file instead of printing.")
@@ -37,7 +37,40 @@ def generate(
     ] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="When sampling.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="When sampling.")] = 42,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at a time.")] = 8,
+    num_beams: Annotated[int, typer.Option("--num-beams", min=1, help="Above 1: beam search.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Prompts at a time; default 8, with --merge-after-prefill 1.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="The prompts' task, for an adapter that goes by task."),
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream", help="Print while generating (default: a single --prompt on a terminal does)."
+        ),
+    ] = None,
+    routing: Annotated[
+        bool | None,
+        typer.Option(
+            "--routing/--no-routing",
+            help="Give JSON with each prompt's decision (default: in JSON, where the adapter makes one a prompt).",
+        ),
+    ] = None,
+    merge_after_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--merge-after-prefill/--no-merge-after-prefill",
+            help="Fold what the prompt selected into the weights until its answer ends: faster for long answers.",
+        ),
+    ] = False,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Wrap prompts with the chat template (default: as in training)."),
@@ -52,8 +85,9 @@ def generate(
     """Generate answers with an adapter.
 
     Prompts are tokenised as in training: the beginning and end tokens, the chat template and the system prompt are
-    those of the config.yaml that train saved beside the adapter, where there is one. --prompt prints text, --file
-    prints one JSON object a line with prompt and response.
+    those of the config.yaml that train saved beside the adapter, where there is one. --prompt prints text, on a
+    terminal while it is generated; --file prints one JSON object a line with prompt and response, and the routing of
+    the prompt where the adapter decides once for a prompt or a task.
 
     [bold]Examples[/bold]
 
@@ -61,7 +95,11 @@ def generate(
       moadapt generate runs/my-run --file prompts.txt --output answers.jsonl
       moadapt generate runs/my-run -p "Once upon a time" --temperature 0.8
     """
-    from moadapt.cli.adapters import adapter_config
+    from moadapt.cli.adapters import adapter_config, load_for_inference
+    from moadapt.cli.generating import Answerer, Prompt, read_prompts, task_ids
+    from moadapt.cli.processes import progress_bar
+    from moadapt.pretrained import load_tokenizer
+    from moadapt.saving import read_adapter_config
     from moadapt.train.data_config import DataConfig
 
     quiet_libraries()
@@ -69,117 +107,60 @@ def generate(
         raise ConfigError("give prompts with --prompt TEXT or with --file FILE, one of the two")
     if temperature == 0.0 and top_p != 1.0:
         raise ConfigError("--top-p has no effect at temperature 0; set --temperature as well")
-    texts = list(prompts or []) if file is None else _read_prompts(file)
+    as_json = file is not None or output is not None or bool(routing)
+    alone = not as_json and len(prompts or []) == 1 and num_beams == 1
+    if stream and not alone:
+        raise ConfigError(
+            "--stream prints one answer as text; give one --prompt, no --output, --routing or --num-beams"
+        )
+    given = [Prompt(text) for text in prompts or []] if file is None else read_prompts(file)
+    mixture, _ = read_adapter_config(adapter)
+    by_token = getattr(mixture.router, "granularity", "token") == "token"
+    if routing and by_token:
+        raise ConfigError(
+            "--routing: this adapter decides for every token, so a prompt has no decision of its own; leave --routing "
+            "out (results.json of its training run has the share of each expert by task)"
+        )
+    ids = task_ids(given, task, mixture)
     config = adapter_config(adapter, base, None if dtype is None else checked_dtype(dtype), cpu)
     # Without a saved config: the defaults of every option that has to do with text.
     data = config.data if config.data is not None else DataConfig.model_construct()
-    options = {"apply_chat_template": chat, "system_prompt": system_prompt}
-    data = data.model_copy(update={name: value for name, value in options.items() if value is not None})
+    text_options = {"apply_chat_template": chat, "system_prompt": system_prompt}
+    data = data.model_copy(update={name: value for name, value in text_options.items() if value is not None})
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": None}
         if temperature > 0
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling}
+    if merge_after_prefill:
+        options["merge_after_prefill"] = True
     import torch
-
-    torch.manual_seed(seed)
-    answers = _answers(config, data, adapter, texts, batch_size, {"max_new_tokens": max_new_tokens, **sampling})
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as stream:
-            for text, answer in zip(texts, answers, strict=True):
-                stream.write(_line(text, answer) + "\n")
-        note(f"wrote {len(texts)} answers to {output}")
-        return
-    for text, answer in zip(texts, answers, strict=True):
-        typer.echo(answer if file is None else _line(text, answer))
-
-
-def _line(prompt: str, response: str) -> str:
-    return json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False)
-
-
-def _read_prompts(file: Path) -> list[str]:
-    """The prompts of a text or JSONL file.
-
-    Raises:
-        DataError: the file cannot be used; names the line.
-    """
-    from moadapt.train.sources import read_table
-
-    if file.suffix.lower() == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise DataError(f"{file}: cannot be read: {reason}") from None
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            raise DataError(f"{file}: the file has no prompts")
-        return prompts
-    if file.suffix.lower() not in (".json", ".jsonl"):
-        raise DataError(f"{file}: unknown kind of file {file.suffix!r}; use .txt, one prompt a line, or .jsonl")
-    table = read_table(str(file))
-    table.require("prompt", "--file")
-    prompts = []
-    for index, row in enumerate(table.rows):
-        value = row.get("prompt")
-        if not isinstance(value, str):
-            raise DataError(f"{table.where(index)}: `prompt` must be a text, found {type(value).__name__}")
-        prompts.append(value)
-    return prompts
-
-
-def _answers(
-    config: RunConfig, data: DataConfig, adapter: str, prompts: Sequence[str], batch_size: int, options: dict[str, Any]
-) -> list[str]:
-    """The answers in the prompts' order."""
-    import torch
-
-    from moadapt.cli.adapters import load_for_inference
-    from moadapt.cli.processes import progress_bar
-    from moadapt.pretrained import load_tokenizer
-    from moadapt.train.collate import Collator
-    from moadapt.train.encoding import Encoder, Example
-    from moadapt.train.evaluation import end_tokens
 
     tokenizer = load_tokenizer(config)
-    model = load_for_inference(config, adapter)
-    encoder_decoder = bool(model.config.is_encoder_decoder)
-    encoder = Encoder(tokenizer, data, is_encoder_decoder=encoder_decoder)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = Collator(pad or 0, "left", encoder_decoder)
-    rows = []
-    for index, prompt in enumerate(prompts):
-        ids = _encode(encoder, data, prompt)
-        rows.append(Example(ids, len(ids), 0, index, [], prompt, "", [1] * len(ids)))
-    device = next(model.parameters()).device
-    ends = end_tokens(tokenizer, data.eos_token)
-    answers: list[str] = []
+    answerer = Answerer(load_for_inference(config, adapter), tokenizer, data, options)
+    torch.manual_seed(seed)
+    if alone and (out().is_terminal if stream is None else stream):
+        answerer.stream(given[0].text, None if ids is None else ids[0])
+        return
+    decisions = as_json and routing is not False and not by_token
+    size = batch_size or (1 if merge_after_prefill else 8)
+    answers: list[Answer] = []
     with progress_bar() as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = collator.collate_prompts(rows[start : start + batch_size])
-            with torch.no_grad():
-                output_BS = model.generate(
-                    **{name: value.to(device) for name, value in batch.items()},
-                    eos_token_id=ends or None,
-                    pad_token_id=collator.pad_token_id,
-                    num_beams=1,
-                    **options,
-                )
-            new_BS = output_BS[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
-            progress("generating", start + len(new_BS), len(rows))
-            for tokens in new_BS.tolist():
-                end = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-                answers.append(tokenizer.decode(tokens[:end], skip_special_tokens=True).strip())
-    return answers
+        for start in range(0, len(given), size):
+            texts = [prompt.text for prompt in given[start : start + size]]
+            answers += answerer.answer(texts, None if ids is None else ids[start : start + size], decisions)
+            progress("generating", len(answers), len(given))
+    lines = [_line(*pair) if as_json else pair[1].response for pair in zip(given, answers, strict=True)]
+    if output is None:
+        for line in lines:
+            typer.echo(line)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    note(f"wrote {len(lines)} answers to {output}")
 
 
-def _encode(encoder: Any, data: DataConfig, prompt: str) -> list[int]:
-    if not data.apply_chat_template:
-        text = prompt if data.system_prompt is None else f"{data.system_prompt}\n\n{prompt}"
-        ids: list[int] = encoder.encode_prompt(text)
-        return ids
-    system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
-    messages: list[int] = encoder.encode_messages([*system, {"role": "user", "content": prompt}])
-    return messages
+def _line(prompt: Prompt, answer: Answer) -> str:
+    routing = {} if answer.routing is None else {"routing": answer.routing}
+    return json.dumps({"prompt": prompt.text, "response": answer.response, **routing}, ensure_ascii=False)
