@@ -103,4 +103,5 @@ def apply_weight(base_layer: Any, weight: Tensor, x: Tensor) -> Tensor:
 
 def nothing_merged(weights: Mapping[Any, Tensor | None]) -> bool:
     """Whether every layer was left as it is because the rows of the batch differ."""
-    return bool(weights) and all(weight is None for weight in weights.values())
+    needed = [weight for layer, weight in weights.items() if weight is not layer.weight]  # of layers that are selected
+    return bool(needed) and all(weight is None for weight in needed)
