@@ -25,7 +25,7 @@ from moadapt.routing import Routing
 
 Base = Tensor | Callable[[Tensor], Tensor]
 """The base layer's output, or the base layer itself."""
-_FEW = 8
+FEW_TOKENS = 8
 """Up to so many tokens products run in the dtype of the factors."""
 
 
@@ -124,7 +124,7 @@ def factor_dtype(x_TI: Tensor, factors: Tensor) -> torch.dtype:
     """
     dtype = product_dtype(x_TI)
     is_wider = factors.dtype.itemsize > dtype.itemsize
-    return factors.dtype if is_wider and x_TI.shape[0] <= _FEW and not torch.is_grad_enabled() else dtype
+    return factors.dtype if is_wider and x_TI.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled() else dtype
 
 
 def _project(x_TI: Tensor, a_MI: Tensor, owned: bool) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from moadapt.experts.low_rank import (
+    FEW_TOKENS,
     Base,
     factor_dtype,
     may_overwrite,
@@ -41,6 +42,8 @@ from moadapt.routing import Routing
 # In elements read in the same time: the overhead of one expert in the loop; and how many tokens an expert's products
 # take that long for as reading its weights. For 32 bits and more on a CPU, 16 bits on a CPU, and any dtype on a GPU.
 _WIDE, _NARROW, _GPU = (64e3, 30.0), (250e3, 60.0), (15e6, 180.0)
+_FEW_EXPERTS = 3
+"""Up to so many experts a step of decoding loops over them without asking what another body would cost."""
 # The overhead of a body with autograd functions, in those of one expert in the loop.
 _ALL, _STACKED = 2, 3
 
@@ -85,6 +88,8 @@ def mix_sequences(
     """
     if skips_all(routing):
         return base_output(base, x_TI)
+    if experts_x_TI is None and _is_one_step(x_TI, routing):
+        return _mix_one_step(base, x_TI, routing, a_NRI, b_NRO, scaling)
     num_experts, rank, _ = b_NRO.shape
     indices_GK, active = _selection(routing)
     num_kept = num_experts if indices_GK is None else indices_GK.shape[1]
@@ -242,6 +247,32 @@ def _mix_factors(gates_GN: Tensor, factors_NRO: Tensor) -> Tensor:
     with torch.autocast(gates_GN.device.type, enabled=False):
         mixed = gates_GN.to(dtype) @ factors_NRO.flatten(1).to(dtype)
     return mixed.view(len(gates_GN), *factors_NRO.shape[1:])
+
+
+def _is_one_step(x_TI: Tensor, routing: Routing) -> bool:
+    """Whether these are the newest tokens of a few sequences that use few experts, where every call counts."""
+    return (
+        routing.active is not None
+        and len(routing.active) <= _FEW_EXPERTS
+        and x_TI.shape[0] == routing.weights_TN.shape[0] <= FEW_TOKENS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x_TI.device.type)
+    )
+
+
+def _mix_one_step(base: Base, x_TI: Tensor, routing: Routing, a_NRI: Tensor, b_NRO: Tensor, scaling: float) -> Tensor:
+    """The body `active` without anything that a single step does not need."""
+    assert routing.active is not None
+    y_TO = base_output(base, x_TI)
+    gates_TN = routing.weights_TN * scaling
+    inner_TI = x_TI.to(torch.promote_types(x_TI.dtype, a_NRI.dtype))
+    for expert in routing.active:
+        h_TR = torch.nn.functional.linear(inner_TI, a_NRI[expert].to(inner_TI.dtype))
+        gated_TR = h_TR * gates_TN[:, expert : expert + 1].to(h_TR.dtype)
+        delta_TO = gated_TR @ b_NRO[expert].to(h_TR.dtype)
+        # Rounded once, when it is added.
+        y_TO = y_TO.add_(delta_TO) if may_overwrite(y_TO, y_TO.dtype) else y_TO + delta_TO.to(y_TO.dtype)
+    return y_TO
 
 
 def _mix_active(

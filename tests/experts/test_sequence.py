@@ -168,6 +168,30 @@ def test_loop_over_active_experts(
     assert bool(taken) == bool(active)
 
 
+@pytest.mark.parametrize("active", [(2,), (0, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("kind_of_base", ["linear", "conv1d"])
+def test_one_step_of_decoding(
+    active: tuple[int, ...], dtype: torch.dtype, kind_of_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token for each sequence; other experts' weights are not read."""
+    steps: list[int] = []
+    one_step = sequence._mix_one_step
+    monkeypatch.setattr(sequence, "_mix_one_step", lambda *args: (steps.append(1), one_step(*args))[1])
+    case = make("lora", "soft", dtype, length=1)
+    selected = torch.zeros(G, N, dtype=torch.bool)
+    selected[1:, list(active)] = True
+    case.routing = replace(case.routing, weights_TN=case.gates.detach() * selected, selected_TN=selected, active=active)
+    case.routing = replace(case.routing, weights_TN=case.routing.weights_TN.requires_grad_())
+    base, x = base_layer(kind_of_base, dtype), case.inputs(dtype)
+    want = naive_pass(case, x, base)["y"]
+    with torch.no_grad():
+        for stack in case.bank.parameters():
+            stack[[expert for expert in range(N) if expert not in active]] = float("nan")
+        reference.close(case.bank(x, case.routing, base), want, TOLERANCE[dtype], "output")
+    assert steps
+
+
 def test_active_is_not_read_where_gradients_are_wanted() -> None:
     case = make("lora", "soft", torch.float64)
     x, base = case.inputs(torch.float64), base_layer("linear", torch.float64)
@@ -263,6 +287,8 @@ def test_the_choice_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     cheapest = sequence._cheapest
     monkeypatch.setattr(sequence, "_cheapest", lambda costs: taken.append(cheapest(costs)) or taken[-1])
+    one_step = sequence._mix_one_step
+    monkeypatch.setattr(sequence, "_mix_one_step", lambda *args: (taken.append("one step"), one_step(*args))[1])
 
     def body(rows: int, length: int, experts: int, active: tuple[int, ...] | None = None) -> str:
         bank = EXPERTS.build(EXPERTS.parse({"kind": "lora", "r": 4}), 1024, 1024, experts)
@@ -276,7 +302,7 @@ def test_the_choice_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [body(4, 128, experts) for experts in (4, 8, 64)] == ["stacked"] * 3
     assert body(64, 1, 8) == "all"
-    assert body(1, 1, 64, active=(3, 5)) == "active"
+    assert body(1, 1, 64, active=(3, 5)) == "one step"
     assert body(1, 128, 64, active=(3, 5)) == "active"
 
 
