@@ -109,8 +109,19 @@ class ExpertBank(nn.Module, ABC):
         Raises:
             ConfigError: a kind whose experts have no such matrix says why.
         """
+        factors = self.mixed_factors(gates_N)
+        if factors is not None:
+            return factors[0] @ factors[1]
         deltas = [gate * self.delta_weight(expert) for expert, gate in enumerate(gates_N)]
         return torch.stack(deltas).sum(0)
+
+    def mixed_factors(self, gates_N: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(O, M) and (M, I), whose product is `mixed_delta`, where it has a low rank M; None where it does not.
+
+        Raises:
+            ConfigError: as `mixed_delta`.
+        """
+        return None
 
     @abstractmethod
     def num_active_params(self, num_experts_per_tok: int) -> int:

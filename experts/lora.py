@@ -129,14 +129,17 @@ class LoraBank(ExpertBank):
             )
         return self.scaling * self.lora_B[expert].T @ self.lora_A[0 if self.config.shared_down else expert]
 
-    def mixed_delta(self, gates_N: Tensor) -> Tensor:
-        """s sum_e g_e B_e A_e, or s (sum_e g_e B_e) (sum_e g_e A_e): (O, I)."""
-        if self.config.mixing == "outputs":
-            return super().mixed_delta(gates_N)
-        a_RI, b_RO = (
-            torch.einsum("n,nrk->rk", gates_N, factor.to(gates_N.dtype)) for factor in (self.lora_A, self.lora_B)
-        )
-        return self.scaling * b_RO.T @ a_RI
+    def mixed_factors(self, gates_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Of s sum_e g_e B_e A_e, or s (sum_e g_e B_e) (sum_e g_e A_e): (O, N R) and (N R, I), or with R for N R."""
+        if self.config.mixing == "factors":
+            a_RI, b_RO = (
+                torch.einsum("n,nrk->rk", gates_N, factor.to(gates_N.dtype)) for factor in (self.lora_A, self.lora_B)
+            )
+            return self.scaling * b_RO.T, a_RI
+        gated_NRO = self.lora_B * (self.scaling * gates_N).view(-1, 1, 1)
+        if self.config.shared_down:
+            return gated_NRO.sum(0).T, self.lora_A[0].to(gated_NRO.dtype)
+        return gated_NRO.flatten(0, 1).T, self.lora_A.flatten(0, 1).to(gated_NRO.dtype)
 
     def num_active_params(self, num_experts_per_tok: int) -> int:
         """r (K I + K O), or r (I + K O) with a shared A."""

@@ -170,6 +170,12 @@ class MaloraBank(ExpertBank):
         """s B_t P_t S_A: (O, I)."""
         return self.scaling * self.malora_B[expert].T @ self.malora_P[expert] @ self.shared_A
 
+    def mixed_factors(self, gates_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Of s sum_t g_t B_t P_t S_A: (O, C) and (C, I)."""
+        gated_NRO = self.malora_B * (self.scaling * gates_N).view(-1, 1, 1)
+        b_OC = gated_NRO.flatten(0, 1).T @ self.malora_P.flatten(0, 1).to(gated_NRO.dtype)
+        return b_OC, self.shared_A.to(gated_NRO.dtype)
+
     def num_active_params(self, num_experts_per_tok: int) -> int:
         """d I + K r (d + O)."""
         per_expert = self.r * (self.shared_r + self.out_features)

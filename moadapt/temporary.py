@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SAME = 1e-5
 """Gates of the rows of a batch that differ by less come from the same decision, computed side by side."""
+_ROWS = 256
 
 
 def check_mergeable(injection: Injection) -> None:
@@ -86,11 +87,21 @@ def merged_weight(layer: MixtureLayer, routing: Routing, context: RoutingContext
 
 
 def _merge(layer: MixtureLayer, gates_N: Tensor) -> Tensor:
-    weight = layer.weight
-    delta_OI = layer.delta_weight(gates_N)
-    delta = delta_OI.T if isinstance(layer.base_layer, Conv1D) else delta_OI
-    merged: Tensor = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-    return merged.contiguous()
+    """W', some rows at a time where the delta has a low rank: the fp32 sum then stays in the processor's cache."""
+    weight, is_conv = layer.weight, isinstance(layer.base_layer, Conv1D)
+    merged: Tensor = torch.empty_like(weight)
+    factors = layer.experts.mixed_factors(gates_N)
+    if factors is None:
+        delta_OI = layer.delta_weight(gates_N).to(weight.device)
+        return merged.copy_(weight.to(delta_OI.dtype) + (delta_OI.T if is_conv else delta_OI))
+    left, right = (factor.to(weight.device) for factor in factors)
+    if is_conv:
+        left, right = right.T, left.T
+    step = _ROWS if weight.device.type == "cpu" else weight.shape[0]
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        merged[rows] = torch.addmm(weight[rows].to(left.dtype), left[rows], right)
+    return merged
 
 
 def apply_weight(base_layer: Any, weight: Tensor, x: Tensor) -> Tensor:
