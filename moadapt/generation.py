@@ -58,7 +58,7 @@ def generating(
     request = PassRequest(prompt_mask, task_ids, model=model.base_model)
     active = model.injection.switch.enabled
     settings = kwargs.get("generation_config") or model.base_model.generation_config
-    if active and model.decides_by_prompt and not model.base_model.config.is_encoder_decoder:
+    if active and not model.base_model.config.is_encoder_decoder:
         by_prompt = any(site.granularity == "prompt" for site in model.injection.routers.values())
         if by_prompt and kwargs.get("prefill_chunk_size", settings.prefill_chunk_size) is not None:
             raise ConfigError(

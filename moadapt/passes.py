@@ -12,12 +12,14 @@ Shapes: B batch, S tokens of the pass, P tokens of the request's masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
+from threading import Lock
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,11 @@ class PassRequest:
 
 
 _REQUEST: ContextVar[PassRequest | None] = ContextVar("moadapt_pass_request", default=None)
-_OPEN: ContextVar[tuple[AbstractContextManager[Any], ...]] = ContextVar("moadapt_open_passes", default=())
+_OPEN: ContextVar[tuple[tuple[object, AbstractContextManager[Any]], ...]] = ContextVar(
+    "moadapt_open_passes", default=()
+)
+_OBSERVERS: WeakKeyDictionary[nn.Module, tuple[Callable[[RoutingContext], None], ...]] = WeakKeyDictionary()
+_OBSERVERS_LOCK = Lock()
 
 
 @contextmanager
@@ -67,6 +73,27 @@ def requesting(request: PassRequest) -> Iterator[PassRequest]:
         yield request
     finally:
         _REQUEST.reset(token)
+
+
+@contextmanager
+def observing_passes(model: nn.Module, observer: Callable[[RoutingContext], None]) -> Iterator[None]:
+    """Inside the `with` block the passes of a model record their routings, whatever thread they run in.
+
+    Args:
+        model: the base model, with the hooks of `install_hooks`.
+        observer: called with the context of every pass that has come to its end.
+    """
+    with _OBSERVERS_LOCK:
+        _OBSERVERS[model] = (*_OBSERVERS.get(model, ()), observer)
+    try:
+        yield
+    finally:
+        with _OBSERVERS_LOCK:
+            left = tuple(other for other in _OBSERVERS[model] if other is not observer)
+            if left:
+                _OBSERVERS[model] = left
+            else:
+                del _OBSERVERS[model]
 
 
 def install_hooks(model: PreTrainedModel, keeps: bool) -> list[RemovableHandle]:
@@ -120,11 +147,13 @@ class _PassHooks:
             context = self._context(named_arguments(module, args, kwargs))
         manager = context.active()
         manager.__enter__()
-        _OPEN.set((*inner, manager))
+        _OPEN.set((*inner, (self, manager)))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Close it, and keep what was decided with the cache that the pass has filled."""
-        *rest, manager = _OPEN.get()
+        if not _OPEN.get() or _OPEN.get()[-1][0] is not self:
+            return  # an error while it was opened
+        *rest, (_, manager) = _OPEN.get()
         _OPEN.set(tuple(rest))
         context = _CURRENT.get()
         manager.__exit__(None, None, None)
@@ -132,6 +161,9 @@ class _PassHooks:
         if cache is not None and context is not None and context.decided:
             kept_with(cache).decisions.update(context.decided)
             kept_with(cache).generated = context.generates
+        if context is not None and output is not None and _CURRENT.get() is not context:  # a whole pass, without error
+            for observer in _OBSERVERS.get(self.model, ()):
+                observer(context)
 
     def _context(self, kwargs: dict[str, Any]) -> RoutingContext:
         request = _REQUEST.get()
@@ -158,20 +190,30 @@ class _PassHooks:
             task_ids_B=None if request.task_ids_B is None else _rows(request.task_ids_B, rows),
             phase="decode" if cached > 0 else "prefill",
             batch_size=rows,
-            record=request.record,
+            record=request.record or self.model in _OBSERVERS,
             wants_reconstruction=request.wants_reconstruction,
             temporary=request.temporary,
             has_encoder=with_encoder,
             generates=request.generates,
         )
+        if not with_encoder:
+            _find_prompt(context, request, labels, rows, length, cached)
         if self.keeps:
-            if not with_encoder:
-                _find_prompt(context, request, labels, rows, length, cached)
             context.kept = kept_with(cache).decisions if cached > 0 else {}
-        elif not with_encoder and cached == 0 and request.prompt_mask_BP is not None:
-            context.prompt_masks["decoder"] = _rows(request.prompt_mask_BP, rows).bool()
+        if self.model in _OBSERVERS:
+            self._tell_observers(context, kwargs)
         request.context = context
         return context
+
+    def _tell_observers(self, context: RoutingContext, kwargs: dict[str, Any]) -> None:
+        """What only they want to know: the token ids."""
+        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        found: dict[Stream, Any] = {"encoder" if context.has_encoder else "decoder": ids}
+        if context.has_encoder and self.part == "model":
+            found["decoder"] = kwargs.get("decoder_input_ids")
+            if found["decoder"] is None and isinstance(labels, Tensor):
+                found["decoder"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        context.input_ids = {stream: value for stream, value in found.items() if isinstance(value, Tensor)}
 
 
 def _find_prompt(
@@ -179,7 +221,8 @@ def _find_prompt(
 ) -> None:
     """Set the prompt mask of a causal model's pass, and complete its padding mask."""
     if request.generates:
-        context.padding_masks.setdefault("decoder", _window(request.padding_mask_BP, True, rows, length, cached))
+        if "decoder" not in context.padding_masks:
+            context.padding_masks["decoder"] = _window(request.padding_mask_BP, True, rows, length, cached)
         assert request.prompt_mask_BP is not None
         if cached >= request.prompt_mask_BP.shape[1]:
             return

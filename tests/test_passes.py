@@ -12,6 +12,7 @@ from tiny import batch, mixture_model
 
 from moadapt import MixtureModel
 from moadapt.routing import RoutingContext, current_context
+from moadapt.turns import Turns
 
 CONFIG = {"num_experts": 4, "expert": {"kind": "lora", "r": 2}, "router": {"kind": "top_k", "scope": "block"}}
 
@@ -155,6 +156,47 @@ def test_encoder_decoder_generation() -> None:
     for context in (*encoder, *decoder):
         assert context.batch_size == 2
         assert context.task_ids_B.tolist() == [5, 7]
+
+
+BY_PROMPT = {**CONFIG, "router": {"kind": "top_k", "scope": "block", "granularity": "prompt"}}
+
+
+def turns_of(context: RoutingContext, stream: Any, length: int) -> Turns:
+    return context.turns(stream, context.batch_size, length, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("told_by", ["labels", "mask", "nothing"])
+def test_what_routers_by_prompt_take_for_the_prompt(told_by: str) -> None:
+    """The mask, else the labels of -100, else everything; never padding."""
+    model, inputs = mixture_model(BY_PROMPT), batch()
+    inputs["attention_mask"][1, :2] = 0
+    inputs["labels"][0, :3] = -100
+    inputs["labels"][1, :4] = -100
+    want = inputs["labels"] == -100
+    if told_by == "mask":
+        inputs["prompt_mask"] = want.clone()
+        inputs["prompt_mask"][0, 2] = want[0, 2] = False
+    elif told_by == "nothing":
+        inputs.pop("labels")
+        want = torch.ones_like(want)
+    with spying(model) as seen:
+        model(**inputs)
+    turns = turns_of(seen[0][1], "decoder", 6)
+    assert torch.equal(turns.mask_BJS, (want & inputs["attention_mask"].bool()).unsqueeze(1))
+    assert all(context is seen[0][1] for _, context in seen), "found once for all routers"
+
+
+def test_the_prompt_of_a_decoder_behind_an_encoder_is_its_start_token() -> None:
+    model, inputs = mixture_model(BY_PROMPT, "t5"), batch(family="t5")
+    inputs["attention_mask"][1, 3:] = 0
+    with spying(model) as seen:
+        model(**inputs)
+    context = seen[0][1]
+    first = torch.zeros_like(inputs["labels"]).bool()
+    first[:, 0] = True
+    assert torch.equal(turns_of(context, "decoder", 4).mask_BJS, first.unsqueeze(1))
+    assert torch.equal(turns_of(context, "encoder", 6).mask_BJS, inputs["attention_mask"].bool().unsqueeze(1))
+    assert set(context.decided) == set(model.injection.routers)
 
 
 def test_a_lone_mixture_layer_outside_of_any_pass() -> None:
