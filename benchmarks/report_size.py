@@ -1,6 +1,6 @@
 """Size of routing.html and the time to write it, for a large mixture with simulated counts.
 
-    python benchmarks/report_size.py --output /tmp/routing.html
+    python benchmarks/report_size.py --output routing.html
 
 By default 32 layers x 7 modules x 8 experts x 20 tasks, with every table that a report can hold, 100 logged steps of
 training, and one text of 400 tokens per task with the two gates of every token in each of the 224 routers: more text

@@ -49,6 +49,7 @@ def moadapt(
       moadapt train CONFIG.yaml                   train, evaluate, save
       moadapt eval runs/my-run                    scores of the saved adapter
       moadapt generate runs/my-run --prompt "…"   answers
+      moadapt inspect runs/my-run                 who is routed where
 
     Any option of a config can be changed on the command line: [bold]training.learning_rate=1e-4[/bold]. Several
     processes: [bold]torchrun --nproc_per_node 2 -m moadapt train CONFIG.yaml deepspeed=zero2[/bold]
@@ -69,6 +70,7 @@ def _register() -> None:
     from moadapt.cli.evaluate import evaluate
     from moadapt.cli.export import export
     from moadapt.cli.generate import generate
+    from moadapt.cli.inspect import inspect as inspect_routing
     from moadapt.cli.listing import config_schema, list_kinds
     from moadapt.cli.merge import merge
     from moadapt.cli.params import params
@@ -84,6 +86,7 @@ def _register() -> None:
         "convert": convert,
         "sweep": sweep,
         "export": export,
+        "inspect": inspect_routing,
         "params": params,
         "list": list_kinds,
         "config-schema": config_schema,

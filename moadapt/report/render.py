@@ -105,7 +105,7 @@ def render_report(document: Mapping[str, Any], *, max_bytes: int = 8_000_000) ->
     Args:
         document: the content of routing.json, schema version 1. `flow` holds P(expert of the later layer | expert of
             the earlier one); `training` a list of {"step": int, router name: {measure: value}}; `flow`, `training`,
-            `similarity` and `text` may be missing or null, as may any measure.
+            `similarity`, `compare` and `text` may be missing or null, as may any measure.
         max_bytes: the size that the page keeps to by cutting texts, and after them whole pictures (the page names
             what is gone). The measures themselves are never left out, so a very large model may take more.
 
