@@ -54,7 +54,7 @@ def record_routing(
     Args:
         model: a mixture, or a transformers model with routers of its own, as Mixtral.
         tasks: their names, by task id; all passes must then be given task ids. None names the tasks by their ids, and
-            rows without one `all`, or `unknown` beside others.
+            rows without one `all`, or `unknown` beside others. A row of the id -1 is of the task `unknown`.
         vocabulary: count by input token as well, in V * N numbers for each router.
         trace: write what was decided about each token, too.
         max_sequences: size of the random sample of sequences whose counts are kept, for tests of significance.
@@ -209,11 +209,14 @@ class _Recorder:
         if ids_B.shape[0] != context.batch_size:
             raise ConfigError(f"task_ids: {ids_B.shape[0]} ids were given for {context.batch_size} rows")
         low, high = torch.stack([ids_B.min(), ids_B.max()]).tolist()
-        if low < 0 or (self.named and high >= len(self.tasks)):
+        if low < -1 or (self.named and high >= len(self.tasks)):
             known = f"there are {len(self.tasks)} tasks" if self.named else "ids count from 0"
-            raise ConfigError(f"task_ids: a pass was given the id {low if low < 0 else high}, but {known}")
+            raise ConfigError(f"task_ids: a pass was given the id {low if low < -1 else high}, but {known}")
         if not self.named:
             self.tasks += [str(number) for number in range(len(self.tasks), high + 1)]
+        if low == -1:  # a task that the mixture does not know
+            nameless = UNKNOWN if self.named else ALL
+            return torch.where(ids_B < 0, len(self.tasks), ids_B), [*self.tasks, nameless]
         return ids_B, self.tasks
 
     def _groups(self, context: RoutingContext, tasks_B: Tensor | None) -> list[Group]:
@@ -331,6 +334,8 @@ class _Recorder:
             self._settle()
             anonymous = any(ALL in counts.tasks and counts.of_task(ALL) for counts in self.counts.values())
             labels = [*self.tasks, *([ALL] if not self.tasks or (anonymous and not self.named) else [])]
+            if any(UNKNOWN in counts.tasks and counts.of_task(UNKNOWN) for counts in self.counts.values()):
+                labels += [UNKNOWN] if UNKNOWN not in labels else []
             shown = {}
             for name, counts in self.counts.items():
                 counts.with_tasks(labels)

@@ -258,6 +258,8 @@ def test_names_of_tasks(peek: bool) -> None:
     assert rows_by_task([[0, 0]], TASKS, peek=peek) == {"sums": 4, "names": 0, "dates": 0}
     assert rows_by_task([[0, 2], [1, 3]], peek=peek) == {"0": 2, "1": 2, "2": 2, "3": 2}
     assert rows_by_task([None, [0, 0], None, [1, 1]], peek=peek) == {"0": 4, "1": 4, "unknown": 8}
+    assert rows_by_task([[0, -1], [2, 1]], TASKS, peek=peek) == {"sums": 2, "names": 2, "dates": 2, "unknown": 2}
+    assert rows_by_task([[0, -1], None], peek=peek) == {"0": 2, "unknown": 6}
     assert rows_by_task([]) == {"all": 0}
     assert rows_by_task([], TASKS) == {"sums": 0, "names": 0, "dates": 0}
 
@@ -266,8 +268,8 @@ def test_names_of_tasks(peek: bool) -> None:
     ("ids", "tasks", "message"),
     [
         ([0, 3], TASKS, "was given the id 3, but there are 3 tasks"),
-        ([-1, 0], TASKS, "was given the id -1, but there are 3 tasks"),
-        ([-1, 0], None, "was given the id -1, but ids count from 0"),
+        ([-2, 0], TASKS, "was given the id -2, but there are 3 tasks"),
+        ([-2, 0], None, "was given the id -2, but ids count from 0"),
         (None, TASKS, "tasks were named, but a pass was given no task ids"),
         ([0, 0, 0], None, "3 ids were given for 2 rows"),
     ],
