@@ -300,7 +300,7 @@ def test_unit_module_counts_the_modules_of_each_block() -> None:
     assert {layer.experts.num_experts for layer in model.injection.layers.values()} == {1}
     names = [f"self_attn.{x}_proj" for x in "qkv"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     assert model.expert_names("model.layers.1") == names
-    with pytest.raises(ConfigError, match="num_experts_per_tok: 3 at model.layers.0, which has 2 adapted modules"):
+    with pytest.raises(ConfigError, match=r"num_experts_per_tok: 3 at model\.layers\.0, which has 2 adapted modules"):
         get_mixture_model(base_model(), {"preset": "milora", "target_modules": ["q_proj", "v_proj"]})
 
 

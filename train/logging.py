@@ -8,14 +8,19 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moadapt.errors import ConfigError
 from moadapt.train.training_config import TrainingConfig
+
+if TYPE_CHECKING:
+    from moadapt.train.routing_pictures import Histogram
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -132,6 +137,26 @@ class RunLogger:
             parts = [f"{label} {values[name]:.4g}" for name, label in names.items() if name in values]
             print(f"step {step}/{self._total}  " + "  ".join(parts), file=sys.stderr, flush=True)
 
+    def log_pictures(
+        self,
+        images: Mapping[str, NDArray[np.uint8]],
+        histograms: Mapping[str, Histogram | NDArray[np.float64]],
+        step: int,
+    ) -> None:
+        """Give TensorBoard, where it is a tracker, images of shape (height, width, 3) and histograms."""
+        for tracker in self._trackers:
+            if tracker.name != "tensorboard":
+                continue
+            for tag, image in images.items():
+                tracker.writer.add_image(tag, image, step, dataformats="HWC")
+            for tag, values in histograms.items():
+                if isinstance(values, np.ndarray):
+                    tracker.writer.add_histogram(tag, values, step)
+                    continue
+                sums = (sum(values.counts), values.total, values.squares)
+                tracker.writer.add_histogram_raw(tag, 0.0, values.edges[-1], *sums, values.edges, values.counts, step)
+            tracker.writer.flush()
+
     def advance(self, step: int, loss: float) -> None:
         """Move the progress bar."""
         if self._progress is not None and self._bar is not None:
@@ -148,6 +173,11 @@ class RunLogger:
         """Print a table or a line of text."""
         if self.is_main and not self._quiet:
             self._console.print(item)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, also where no progress is shown."""
+        if self.is_main:
+            self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
     def close(self) -> None:
         """Finish the bar and the trackers."""

@@ -53,11 +53,17 @@ class TaskIds:
         tasks: the data's tasks.
         train: whether the tasks' training rows are used; each task that has some must then be known.
 
+    Attributes:
+        names: of the tasks, by the ids that the model is given.
+
     Raises:
         ConfigError: the model does not know a task, and has no `unknown_task: mean`; or shall be trained on it.
     """
 
     def __init__(self, model: Any, tasks: Sequence[Task], *, train: bool = False) -> None:
+        last = max((task.id for task in tasks), default=-1)
+        named = {task.id: task.name for task in tasks}
+        self.names: list[str] = [named.get(number, f"id {number}") for number in range(last + 1)]
         mixture: MixtureConfig | None = getattr(model, "mixture_config", None)
         self._ids_L: Tensor | None = None
         if mixture is None or mixture.tasks is None or not mixture.needs_tasks:
@@ -73,8 +79,9 @@ class TaskIds:
                 )
             if not takes_unknown_tasks(mixture):
                 raise ConfigError(f"data: {unknown_task(task.name, mixture)}")
+        self.names = list(mixture.tasks)
         position = {name: index for index, name in enumerate(mixture.tasks)}
-        self._ids_L = torch.full((max((task.id for task in tasks), default=-1) + 1,), UNKNOWN)
+        self._ids_L = torch.full((last + 1,), UNKNOWN)
         for task in tasks:
             self._ids_L[task.id] = position.get(task.name, UNKNOWN)
 

@@ -43,6 +43,7 @@ from moadapt.train.logging import RunLogger, Window, check_trackers
 from moadapt.train.optimizer import LearningRates, parameter_groups
 from moadapt.train.result import TrainResult
 from moadapt.train.routing_checks import check_prompts
+from moadapt.train.routing_monitor import RoutingMonitor
 from moadapt.train.sampling import MixtureSampler
 from moadapt.train.start import check_tasks, clear_output, open_checkpoint, sampler_identity, start_processes
 from moadapt.train.step import StepRunner
@@ -106,7 +107,8 @@ class MultiTaskTrainer:
             config.seed if config.data_seed is None else config.data_seed,
             weights=self._shares,
         )
-        self.callbacks = list(callbacks)
+        self._routing = RoutingMonitor(model, config, self.task_ids.names, self.processes)
+        self.callbacks = [*callbacks, self._routing]
         if config.early_stopping_patience is not None:
             patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
             self.callbacks.append(
@@ -234,6 +236,7 @@ class MultiTaskTrainer:
         resumed = None if self._checkpoint is None else first
         total, is_main = self.state.max_steps, self.processes.is_main
         self._logger = RunLogger(config, is_main=is_main, total_steps=total, resumed_step=resumed)
+        self._routing.logger = self._logger
         self._sum_of_losses = 0.0
         try:
             self._call("on_train_begin")
@@ -294,7 +297,7 @@ class MultiTaskTrainer:
     def _step(self) -> bool:
         """One optimizer step and its entry in the log's window; False when a process wants to stop."""
         assert self._logger is not None
-        with self._training_rows_only():
+        with self._training_rows_only(), self._routing.recording():
             done = self._steps.run(self.state)
         if done is None:
             return False
@@ -311,7 +314,8 @@ class MultiTaskTrainer:
 
     def _log(self, tokens_per_second: float) -> None:
         assert self._logger is not None
-        values = {**self._window.means(), "train/tokens_per_second": tokens_per_second}
+        values = {**self._window.means(), **self._routing.entry(self.state)}
+        values["train/tokens_per_second"] = tokens_per_second
         groups, rates = list(self.groups), self._steps.rates.at(self.state.global_step - 1)
         if self._bilevel is not None:
             groups.append(self._bilevel.group)
@@ -378,6 +382,7 @@ class MultiTaskTrainer:
         """
         config, state, engine = self.config, self.state, self._set_up(self.config.resume_from_checkpoint)
         optimizer = engine.optimizer_state()
+        self._routing.gather()
         content = Checkpoint(
             engine.adapter_weights(),
             optimizer if self._bilevel is None else self._bilevel.add_state(optimizer),

@@ -28,6 +28,29 @@ _SCHEDULES = (
 _NO_WARMUP = ("constant",)
 
 
+class RoutingAlarmConfig(Config):
+    """When a router is collapsed, and what is done about it. One of both thresholds must be given.
+
+    Attributes:
+        max_share: as many experts as a row selects on average take this share of all selections (of gate weights, where
+            rows select all experts), as 0.95; None does not look at it.
+        dead_fraction: this part of the experts is dead, as 0.5; None does not look at it.
+        patience: so many times in a row.
+        action: `warn` on the terminal, or `stop` the run.
+    """
+
+    max_share: float | None = Field(None, gt=0, le=1)
+    dead_fraction: float | None = Field(None, gt=0, le=1)
+    patience: int = Field(3, ge=1)
+    action: Literal["warn", "stop"] = "warn"
+
+    @model_validator(mode="after")
+    def _something(self) -> RoutingAlarmConfig:
+        if self.max_share is None and self.dead_fraction is None:
+            raise ValueError("nothing to watch for; give max_share (such as 0.95), dead_fraction (such as 0.5) or both")
+        return self
+
+
 class TrainingConfig(Config):
     """One training run. Every option has an effect; what is not listed here is refused.
 
@@ -65,6 +88,8 @@ class TrainingConfig(Config):
         save_total_limit: keep this many checkpoints; the best and the newest are never deleted.
         logging_steps: steps between log entries, below 1 a ratio of all steps.
         logging_first_step: also log the first step.
+        routing_statistics: log how the routers spread the training tokens (docs/training.md).
+        routing_alarm: when a router is collapsed, and whether to warn or to stop; None is off.
         report_to: names of accelerate's trackers, as `tensorboard` or `wandb`; `none` for none.
         run_name: name of the run at the trackers; None means the last part of `output_dir`.
         disable_tqdm: no progress bar.
@@ -114,6 +139,8 @@ class TrainingConfig(Config):
     save_total_limit: int | None = Field(None, ge=1)
     logging_steps: float = Field(10, gt=0)
     logging_first_step: bool = False
+    routing_statistics: bool = True
+    routing_alarm: RoutingAlarmConfig | None = None
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
     run_name: str | None = None
     disable_tqdm: bool = False
@@ -190,6 +217,8 @@ class TrainingConfig(Config):
             problems.append("early_stopping_threshold needs early_stopping_patience")
         if (self.metric_for_best_model or self.greater_is_better is not None) and not evaluates:
             problems.append("metric_for_best_model and greater_is_better need eval_strategy: steps (or epoch)")
+        if self.routing_alarm is not None and not self.routing_statistics:
+            problems.append("routing_alarm needs routing_statistics: true")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def visible_routings(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     routers = [module for module in model.modules() if isinstance(module, Router)] if enabled else []
 
     def open_routing(module: nn.Module, args: Any, output: Routing) -> dict[str, Any]:
-        fields = vars(output)
+        fields = {item.name: getattr(output, item.name) for item in dataclasses.fields(output) if item.init}
         tracked = {name: item for name, item in fields.items() if isinstance(item, Tensor) and item.requires_grad}
         module._hidden_fields = {name: item for name, item in fields.items() if name not in tracked}  # type: ignore[assignment]
         return tracked

@@ -67,7 +67,7 @@ def record_routing(
         ConfigError: a model without routers; in a pass, a task id that has no name, or none where tasks have names.
     """
     with ExitStack() as stack:
-        recorder = _Recorder(_unwrapped(model), tasks, vocabulary, trace, max_sequences, seed)
+        recorder = Recorder(_unwrapped(model), tasks, vocabulary, trace, max_sequences, seed)
         statistics = RoutingStatistics(source=recorder.read)
         stack.callback(statistics.finish)
         if recorder.trace is not None:
@@ -94,7 +94,7 @@ class _Place:
     stack: str
 
 
-class _Recorder:
+class Recorder:
     """Counts passes; see `record_routing`."""
 
     def __init__(

@@ -20,6 +20,7 @@ from moadapt.train.training_config import TrainingConfig, interval, training_con
 
 OWN = {
     *("router_learning_rate", "activation_learning_rate", "loraplus_lr_ratio"),
+    *("routing_statistics", "routing_alarm"),
     *("bilevel_activation", "bilevel_steps", "early_stopping_patience", "early_stopping_threshold"),
 }
 FORMER = {"overwrite_output_dir", "warmup_ratio"}  # transformers had them before version 5
