@@ -17,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +59,48 @@ def arms(r: int) -> dict[str, dict[str, Any] | None]:
 
 
 def run(
-    args: argparse.Namespace, mixture: dict[str, Any] | None, seed: int, rate: float, steps: int, tune: bool
+    args: argparse.Namespace,
+    mixture: dict[str, Any] | None,
+    seed: int,
+    rate: float,
+    steps: int,
+    tune: bool,
+    data: dict[str, Any] | None = None,
+    look: Callable[[MultiTaskTrainer], Any] | None = None,
 ) -> dict[str, Any]:
-    """Train one arm and evaluate it; with `tune` on held-out training rows, losses only."""
+    """Train one arm and evaluate it; with `tune` on held-out training rows, losses only.
+
+    Args:
+        args: the command line.
+        mixture: the arm; None is the base model.
+        seed: of the adapter, dropout, and the order of the rows.
+        rate: learning rate.
+        steps: optimizer steps; 0 evaluates only.
+        tune: as above.
+        data: options of the data section; None takes the files of the command line, with all tasks.
+        look: what to find out at the end, for the key `seen`.
+    """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     mixture = mixture or {"preset": "lora"}
     model = get_mixture_model(load_base_model(args.model), {"target_modules": "all-linear", **mixture})
     held_out = {"eval_fraction": 0.1} if tune else {"eval_path": args.test}
-    data = {
-        "path": args.train,
-        "task_column": "task",
-        "metrics": {} if tune else json.loads(args.metrics),
-        "max_length": args.max_length,
-        "sampling": {"strategy": "proportional", "batching": "per_task"},  # one task a batch: little padding
-        **held_out,
-    }
+    if data is None:
+        data = {
+            "path": args.train,
+            "task_column": "task",
+            "metrics": {} if tune else json.loads(args.metrics),
+            "sampling": {"strategy": "proportional", "batching": "per_task"},  # one task a batch: little padding
+            **held_out,
+        }
+    data = {**data, "max_length": args.max_length}
     if args.eos_token is not None:
         data["eos_token"] = int(args.eos_token) if args.eos_token.isdigit() else args.eos_token
     with tempfile.TemporaryDirectory() as folder:
         training = {
             "output_dir": folder,
             "per_device_train_batch_size": args.batch_size,
-            "per_device_eval_batch_size": 64,
+            "per_device_eval_batch_size": args.eval_batch_size,
             "learning_rate": rate,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
@@ -99,8 +119,9 @@ def run(
             trainer.train()
         seconds = (time.process_time() - started) / max(steps, 1)
         result = trainer.evaluate(metrics=not tune).to_dict()
+        seen = {} if look is None else {"seen": look(trainer)}
     trainable = model.get_nb_trainable_parameters()[0] if steps else 0
-    return {"result": result, "seconds_per_step": seconds if steps else None, "trainable": trainable}
+    return {"result": result, "seconds_per_step": seconds if steps else None, "trainable": trainable, **seen}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -194,6 +215,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--eval-batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 1e-2])

@@ -1,6 +1,8 @@
-"""Where each task's tokens went: selections and gate weights of every expert by task, counted exactly.
+"""Where each task's tokens, or prompts, went: selections and gate weights of every expert by task, counted exactly.
 
-Shapes: T tokens (or prompts) that one router decided about, B batch, N experts, L tasks.
+What one decision of a router is about depends on its granularity: a token, the prompt of a turn, or a row.
+
+Shapes: T tokens (or prompts, or rows) that one router decided about, B batch, N experts, L tasks.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moadapt.routing import RoutingRecord
+from moadapt.routing import Granularity, RoutingRecord
+
+DECIDED: dict[Granularity, str] = {"token": "tokens", "prompt": "prompts", "task": "rows"}
+"""What is counted, by granularity."""
 
 
 class ExpertUsage:
@@ -19,15 +24,19 @@ class ExpertUsage:
 
     Args:
         tasks: the tasks' names, by task id.
+        expert_names: gives the names of a router's experts; None numbers them.
 
     Attributes:
         counts: for each router, int64 (L, N): how many of a task's real tokens selected an expert.
         weights: for each router, float64 (L, N): the sum of their gate weights.
-        tokens: for each router, int64 (L,): a task's real tokens.
+        tokens: for each router, int64 (L,): a task's real tokens; with prompts, its turns.
+        granularity: of the routers.
     """
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], expert_names: Callable[[str], Sequence[str]] | None = None) -> None:
         self.tasks = list(tasks)
+        self.granularity: Granularity = "token"
+        self._expert_names = expert_names
         self.counts: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
@@ -42,6 +51,7 @@ class ExpertUsage:
             counts: false makes the routers known and counts nothing, for a pass that only keeps processes in step.
         """
         for record in records:
+            self.granularity = record.routing.granularity
             selected_TN = record.routing.selected_TN.cpu()
             weights_TN = record.routing.weights_TN.double().cpu()
             rows, num_experts = selected_TN.shape
@@ -68,6 +78,12 @@ class ExpertUsage:
         for sums in (self.counts, self.weights, self.tokens):
             for name, value in sums.items():
                 sums[name] = all_sum(value)
+
+    def expert_names(self, router: str) -> list[str]:
+        """What the experts of a router are called."""
+        if self._expert_names is not None:
+            return list(self._expert_names(router))
+        return [str(number) for number in range(self.counts[router].shape[-1])]
 
     @property
     def selects_all(self) -> bool:
@@ -101,12 +117,15 @@ class ExpertUsage:
         """As plain JSON values.
 
         `router` is the one that tells the tasks apart best, and `shares` are its shares, of what `share_of` says. For
-        each of `routers` there are its tokens and selections by task, and its `task_information`.
+        each of `routers` there are the names of its experts, its tokens (or `prompts`, or `rows`: what `counted` says)
+        and selections by task, and its `task_information`.
         """
+        counted = DECIDED[self.granularity]
         information = {name: self.task_information(name) for name in self.counts}
         routers = {
             name: {
-                "tokens": dict(zip(self.tasks, self.tokens[name].tolist(), strict=True)),
+                "experts": self.expert_names(name),
+                counted: dict(zip(self.tasks, self.tokens[name].tolist(), strict=True)),
                 "selections": dict(zip(self.tasks, counts.tolist(), strict=True)),
                 "task_information": information[name],
             }
@@ -114,7 +133,13 @@ class ExpertUsage:
         }
         clearest = max(information, key=lambda name: information[name])
         measure = "gate weight" if self.selects_all else "selections"
-        return {"share_of": measure, "router": clearest, "shares": self.shares(clearest), "routers": routers}
+        return {
+            "counted": counted,
+            "share_of": measure,
+            "router": clearest,
+            "shares": self.shares(clearest),
+            "routers": routers,
+        }
 
 
 def _entropy(probabilities: Tensor) -> float:

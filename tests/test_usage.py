@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from tiny import base_model
 
+from moadapt import get_mixture_model
+from moadapt.cli.report import RunReport, markdown, print_reports, short_names, usage_rows
+from moadapt.passes import PassRequest, requesting
 from moadapt.routing import Routing, RoutingRecord
 from moadapt.usage import ExpertUsage
 
@@ -118,3 +124,93 @@ def test_processes_add_up_and_surplus_passes_do_not_count() -> None:
     other[id(here.tokens["r"])] = there.tokens["r"]
     here.reduce(lambda value: value + other[id(value)])
     assert here.to_dict() == whole.to_dict()
+
+
+def _prompt_record(name: str, batch: int, turns: int, experts: int, k: int, seed: int) -> RoutingRecord:
+    """What a router of prompts records: `turns` rows for each sequence, some of which have fewer."""
+    record = _record(name, batch * turns, experts, k, batch, None, seed)
+    exists = torch.arange(turns) < torch.tensor([[1 + index % turns] for index in range(batch)])
+    return replace(record, routing=replace(record.routing, granularity="prompt"), mask_T=exists.reshape(-1))
+
+
+def test_turns_that_a_sequence_does_not_have_are_not_counted() -> None:
+    record = _prompt_record("r", 5, 3, 4, 2, 8)
+    tasks = [0, 1, 1, 2, 1]
+    usage = ExpertUsage(TASKS)
+    usage.add([record], torch.tensor(tasks))
+    assert usage.counts["r"].tolist() == _naive([(record, tasks)], 4)
+    assert usage.tokens["r"].tolist() == [1, 2 + 3 + 2, 1]  # sequences of 1, 2, 3, 1 and 2 turns
+    entry = usage.to_dict()
+    assert entry["counted"] == "prompts"
+    assert entry["routers"]["r"]["prompts"] == {"a": 1, "b": 7, "c": 1}
+    assert "tokens" not in entry["routers"]["r"]
+
+
+def test_experts_have_their_names() -> None:
+    usage = ExpertUsage(TASKS, lambda router: [f"{router}.{letter}" for letter in "qkv"])
+    usage.add([_record("r", 3, 3, 1, 3, None, 5)], torch.tensor([0, 1, 1]))
+    assert usage.to_dict()["routers"]["r"]["experts"] == ["r.q", "r.k", "r.v"]
+    assert usage.to_dict()["counted"] == "tokens"
+    numbered = ExpertUsage(TASKS)
+    numbered.add([_record("r", 3, 3, 1, 3, None, 5)], torch.tensor([0, 1, 1]))
+    assert numbered.expert_names("r") == ["0", "1", "2"]
+
+
+def test_modules_that_prompts_choose_in_a_conversation() -> None:
+    """One sequence has two turns, the other one: each turn is counted once, under the names of the modules."""
+    mixture = {"preset": "milora", "expert": {"r": 2}, "router": {"num_experts_per_tok": 3}}
+    model = get_mixture_model(base_model("llama"), mixture).eval()
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    prompt = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    with torch.no_grad(), requesting(PassRequest(prompt, record=True)) as request:
+        model.base_model(input_ids=ids)
+    assert request.context is not None
+    usage = ExpertUsage(TASKS, model.expert_names)
+    usage.add(request.context.records, torch.tensor([0, 2]))
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    names = [f"{block}.{linear}" for block, linears in parts.items() for linear in linears]
+    assert len(usage.counts) == 2
+    for router, counts in usage.counts.items():
+        assert usage.tokens[router].tolist() == [2, 0, 1]
+        assert counts.sum(-1).tolist() == [3 * 2, 0, 3]
+        assert usage.expert_names(router) == names
+        # The second sequence alone, and the first one's first turn alone, choose what they choose here.
+        for row, cut, task in ((1, 9, 2), (0, 5, 0)):
+            with torch.no_grad(), requesting(PassRequest(prompt[row : row + 1, :cut], record=True)) as alone:
+                model.base_model(input_ids=ids[row : row + 1, :cut])
+            assert alone.context is not None
+            record = next(each for each in alone.context.records if each.name == router)
+            chosen = record.routing.selected_TN[0].long()
+            assert bool((counts[task] >= chosen).all())
+            assert counts[task].tolist() == chosen.tolist() or task == 0
+
+
+def _report(usage: dict[str, Any]) -> RunReport:
+    return RunReport("milora", "out", 1, None, 10, None, None, None, {}, usage)
+
+
+def test_tables_name_modules_and_say_what_was_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    usage = ExpertUsage(TASKS[:2], lambda router: ["self_attn.q_proj", "mlp.up_proj"])
+    record = _chosen("model.layers.0", [0, 1], 2)
+    usage.add([replace(record, routing=replace(record.routing, granularity="prompt"))], torch.tensor([0, 1]))
+    report = _report(usage.to_dict())
+    assert usage_rows(usage.to_dict()) == (["task", "q_proj", "up_proj"], [["a", "100", "0"], ["b", "0", "100"]])
+    assert "Where each task's prompts went" in markdown([report], report)
+    print_reports([report])
+    assert "where each task's prompts went" in capsys.readouterr().out
+
+
+def test_names_that_would_be_alike_stay_whole() -> None:
+    names = ["layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"]
+    assert short_names(names) == names
+    assert short_names(["self_attn.q_proj", "mlp.up_proj"]) == ["q_proj", "up_proj"]
+
+
+def test_many_modules_are_listed_by_name() -> None:
+    names = [f"block.linear_{number}" for number in range(12)]
+    usage = ExpertUsage(TASKS[:2], lambda router: names)
+    usage.add([_chosen("r", [3, 11], 12)], torch.tensor([0, 1]))
+    _, rows = usage_rows(usage.to_dict())
+    assert [row[0] for row in rows] == ["a", "b"]
+    assert rows[0][1].startswith("linear_3: 100  ")
+    assert rows[1][1].startswith("linear_11: 100  ")

@@ -13,7 +13,7 @@ from moadapt.cli.console import guarded, out, quiet_libraries
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moadapt.params import ParameterCounts
+    from moadapt.params import ParameterCounts, ParameterRow
 
 
 @guarded
@@ -24,8 +24,9 @@ def params(
 ) -> None:
     """Count the parameters of a config's mixture, without loading weights.
 
-    Trainable, used by one token, and all, for each kind of module. Only the base model's config is read. The numbers
-    are those of the model that [bold]train[/bold] builds (of unquantised base weights, where it quantises them).
+    Trainable, used by one token (or prompt), and all, for each kind of module. Only the base model's config is read.
+    The numbers are those of the model that [bold]train[/bold] builds (of unquantised base weights, where it quantises
+    them).
 
     [bold]Examples[/bold]
 
@@ -48,26 +49,44 @@ def params(
     for name, counts in all_counts.items():
         out().print(f"{name} on {run.model_name_or_path}", highlight=False, markup=False, soft_wrap=True)
         out().print(parameter_table(counts))
+        for line in notes(counts):
+            out().print(line, highlight=False)
         total = counts.total
-        if counts.active_is_bound:
-            out().print(
-                "used per token: at most; the router keeps as many experts as it likes, and sweep measures how many",
-                highlight=False,
-            )
         out().print(f"trainable: {100 * total.trainable / total.total:.3f} % of all parameters\n", highlight=False)
+
+
+def notes(counts: ParameterCounts) -> list[str]:
+    """What the numbers of use are: a bound, or a mean over modules of different sizes."""
+    lines = []
+    if counts.active_is_bound:
+        lines.append(
+            f"used per {counts.granularity}: at most; the router keeps as many experts as it likes, and sweep measures "
+            "how many"
+        )
+    if counts.active_trainable_range is not None:
+        fewest, most = counts.active_trainable_range
+        mean = f"used per {counts.granularity}: the mean over all choices of modules"
+        lines.append(f"{mean}; of the trainable ones at least {fewest:,}, at most {most:,}")
+    return lines
 
 
 def parameter_table(counts: ParameterCounts) -> Table:
     """One line for each kind of module, and the sum."""
     from rich.table import Table
 
+    def number(value: int) -> str:  # six columns of exact billions do not fit into a terminal; --json has them
+        return f"{value:,}" if value < 10**8 else f"{value / 1e6:,.1f} M"
+
+    def numbers(row: ParameterRow) -> list[str]:
+        return [number(value) for value in (row.trainable, row.active_trainable, row.active, row.total)]
+
     table = Table()
     table.add_column("module", no_wrap=True)
-    for name in ("modules", "trainable", "used per token", "total"):
+    used = f"used per {counts.granularity}"
+    for name in ("modules", "trainable", f"trainable, {used}", used, "total"):
         table.add_column(name, justify="right")
     for row in counts.rows:
-        table.add_row(row.kind, f"{row.modules:,}", *(f"{value:,}" for value in (row.trainable, row.active, row.total)))
+        table.add_row(row.kind, f"{row.modules:,}", *numbers(row))
     table.add_section()
-    total = counts.total
-    table.add_row("total", "", f"{total.trainable:,}", f"{total.active:,}", f"{total.total:,}", style="bold")
+    table.add_row("total", "", *numbers(counts.total), style="bold")
     return table

@@ -1,4 +1,4 @@
-"""Tables at the end of a run: scores before and after, sizes and speed, and where each task's tokens went."""
+"""Tables at the end of a run: scores, sizes and speed, and where each task's tokens or prompts went."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def print_reports(reports: Sequence[RunReport]) -> None:
             console.print(table)
     for report in reports:
         if report.usage is not None:
-            console.print(f"{report.name}: where each task's tokens went", style="italic", highlight=False)
+            title = f"{report.name}: where each task's {report.usage['counted']} went"
+            console.print(title, style="italic", highlight=False)
             console.print(usage_table(report))
             console.print(usage_caption(report.usage) + "\n", style="dim", highlight=False)
     for report in reports:
@@ -119,15 +120,22 @@ def run_rows(reports: Sequence[RunReport]) -> tuple[list[str], list[list[str]]]:
 def usage_rows(usage: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) with each task's shares in percent: all experts, or the most used of many."""
     shares: dict[str, list[float]] = usage["shares"]
-    num_experts = max(len(values) for values in shares.values())
+    names = short_names(usage["routers"][usage["router"]]["experts"])
+    num_experts = len(names)
     if num_experts <= MANY_EXPERTS:
-        header = ["task", *(str(expert) for expert in range(num_experts))]
+        header = ["task", *names]
         return header, [[task, *(f"{100 * value:.0f}" for value in values)] for task, values in shares.items()]
     rows = []
     for task, values in shares.items():
         top = sorted(range(num_experts), key=lambda expert: -values[expert])[:_MOST_USED]
-        rows.append([task, "  ".join(f"{expert}: {100 * values[expert]:.0f}" for expert in top)])
+        rows.append([task, "  ".join(f"{names[expert]}: {100 * values[expert]:.0f}" for expert in top)])
     return ["task", f"{_MOST_USED} most used of {num_experts} experts, expert: share"], rows
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of modules' names, where these differ."""
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return last if len(set(last)) == len(last) else list(names)
 
 
 # -- rich ---------------------------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ def run_table(reports: Sequence[RunReport]) -> Table:
 
 
 def usage_table(report: RunReport) -> Table:
-    """Where each task's tokens went. Large shares are bold, small ones dim."""
+    """Where each task's tokens, or prompts, went. Large shares are bold, small ones dim."""
     from rich.table import Table
 
     assert report.usage is not None
@@ -230,7 +238,7 @@ def markdown(reports: Sequence[RunReport], of: RunReport) -> str:
         parts.append(_markdown_table(header, [row for rows in sections for row in rows], left=2))
     parts.append(_markdown_table(*run_rows(reports)))
     if of.usage is not None:
-        parts.append(f"Where each task's tokens went: {usage_caption(of.usage)}.")
+        parts.append(f"Where each task's {of.usage['counted']} went: {usage_caption(of.usage)}.")
         parts.append(_markdown_table(*usage_rows(of.usage)))
     return "\n\n".join(parts)
 

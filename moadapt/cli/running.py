@@ -24,9 +24,10 @@ from moadapt.train.callbacks import TrainerCallback, TrainerState
 from moadapt.train.checkpoint import list_checkpoints, seed_everything
 from moadapt.train.evaluation import EvaluationResult, evaluating
 from moadapt.train.logging import read_metrics
+from moadapt.train.task_ids import TaskIds
 from moadapt.train.tasks import Task, load_tasks
 from moadapt.train.trainer import MultiTaskTrainer
-from moadapt.usage import ExpertUsage
+from moadapt.usage import DECIDED, ExpertUsage
 
 if TYPE_CHECKING:
     from moadapt.train.encoding import Example
@@ -198,11 +199,24 @@ def _first_scores(output_dir: str, tasks: Sequence[Task]) -> dict[str, dict[str,
 
 
 def _usage(trainer: MultiTaskTrainer, tasks: Sequence[Task]) -> dict[str, Any] | None:
-    """Where the evaluation rows' tokens go (prompt and answer), over all processes; None with one expert."""
-    model: MixtureModel = trainer.model
-    if all(layer.experts.num_experts == 1 for layer in model.injection.layers.values()):
+    """Where the evaluation rows go; None where no router has a choice."""
+    if all(site.router.num_experts == 1 for site in trainer.model.injection.routers.values()):
         return None
-    processes, usage = trainer.processes, ExpertUsage([task.name for task in tasks])
+    return count_usage(trainer, tasks).to_dict()
+
+
+def count_usage(trainer: MultiTaskTrainer, tasks: Sequence[Task]) -> ExpertUsage:
+    """Where the evaluation rows go, over all processes: their tokens (prompt and answer), or their prompts.
+
+    Args:
+        trainer: with its engine set up, after `train` or `evaluate`.
+        tasks: the loaded tasks.
+    """
+    model: MixtureModel = trainer.model
+    task_ids_of = TaskIds(model, tasks)
+    processes, usage = trainer.processes, ExpertUsage([task.name for task in tasks], model.expert_names)
+    site = next(iter(model.injection.routers.values()))
+    what = f"counting where {DECIDED[site.granularity]} go"
     examples: list[Example] = sorted(
         (example for task in tasks for example in task.eval),
         key=lambda example: (-len(example.input_ids), example.task_id, example.row),
@@ -216,10 +230,10 @@ def _usage(trainer: MultiTaskTrainer, tasks: Sequence[Task]) -> dict[str, Any] |
             batch = trainer.collator(batches[number if counts else -1])
             batch = {key: value.to(processes.device) for key, value in batch.items()}
             task_ids, prompt_mask = batch.pop("task_ids"), batch.pop("prompt_mask")
-            with requesting(PassRequest(prompt_mask, task_ids, record=True)) as request:
+            with requesting(PassRequest(prompt_mask, task_ids_of(task_ids), record=True)) as request:
                 model.base_model(**batch)
             assert request.context is not None
             usage.add(request.context.records, task_ids, counts=counts)
-            progress("counting where tokens go", min(first + processes.world_size, len(batches)), len(batches))
+            progress(what, min(first + processes.world_size, len(batches)), len(batches))
     usage.reduce(processes.all_sum)
-    return usage.to_dict()
+    return usage

@@ -34,6 +34,8 @@ def _mixture(preset: str, family: str) -> dict[str, Any]:
             mixture["router"] = {**mixture.get("router", {}), "fit": {**fit[preset], "steps": 2}}
     if preset == "mola":
         mixture["num_experts"] = [2, 4]
+    if preset in ("mtl_lora", "poly"):
+        mixture["tasks"] = ["first", "second", "third"]
     if "malora" in preset:
         mixture["expert"] = {"r": 2, "shared_r": 8}
     return mixture
