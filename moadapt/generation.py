@@ -29,7 +29,12 @@ def decisions_of(cache: Any) -> dict[str, Routing]:
     Args:
         cache: as `generate(..., return_dict_in_generate=True).past_key_values`. With beams, a prompt's beams are rows
             next to each other.
+
+    Raises:
+        ConfigError: there is no cache.
     """
+    if cache is None:
+        raise ConfigError("there is no KV cache to read decisions from: leave use_cache: false out, or set it to true")
     return dict(kept_with(cache).decisions)
 
 
@@ -65,7 +70,7 @@ def generating(
                 "prefill_chunk_size: with router.granularity: prompt every layer's router reads the whole prompt "
                 "before that layer runs, so a prompt cannot be given in chunks; leave prefill_chunk_size out"
             )
-        _set_masks(request, args, kwargs)
+        _set_masks(request, args, kwargs, settings)
     if merge_after_prefill and active:
         if kwargs.get("use_cache", settings.use_cache) is False:
             raise ConfigError("merge_after_prefill: needs the KV cache; leave use_cache: false out")
@@ -73,6 +78,8 @@ def generating(
         request.temporary = {}
     with requesting(request):
         yield
+    if request.cache is not None:
+        kept_with(request.cache).answered = num_cached(request.cache)
     if request.temporary is not None and nothing_merged(request.temporary):
         warnings.warn(
             "merge_after_prefill: the prompts of this batch were routed differently, so nothing was merged; it helps "
@@ -81,7 +88,7 @@ def generating(
         )
 
 
-def _set_masks(request: PassRequest, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _set_masks(request: PassRequest, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Any) -> None:
     """Prompt and padding masks from the first token in the cache on."""
     given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
     inputs = next((value for value in given if isinstance(value, Tensor)), None)
@@ -98,8 +105,19 @@ def _set_masks(request: PassRequest, args: tuple[Any, ...], kwargs: dict[str, An
     only_new = cached > 0 and (shape[1] <= cached if padding_BP is None else padding_BP.shape[1] != shape[1])
     if only_new:
         prompt_BP = torch.cat([prompt_BP.new_zeros(shape[0], cached), prompt_BP], dim=1)
-    if cached > 0 and not given_mask and kept_with(cache).generated:
+    if cached > 0 and not given_mask and kept_with(cache).answered == cached:
         prompt_BP[:, cached] = False  # what the last generation ended with is of its answer
+    if padding_BP is None and inputs is not None and not only_new:
+        padding_BP = _inferred_padding(inputs, kwargs, settings)
     request.generates = True
     request.prompt_mask_BP = prompt_BP
     request.padding_mask_BP = torch.ones_like(prompt_BP) if padding_BP is None else padding_BP.bool()
+
+
+def _inferred_padding(inputs: Tensor, kwargs: dict[str, Any], settings: Any) -> Tensor | None:
+    """The padding mask that transformers infers where none is given: (B, P) bool, or None where it infers none."""
+    pad, ends = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or inputs.dim() != 2 or (ends is not None and pad in torch.as_tensor(ends).flatten().tolist()):
+        return None
+    real_BP: Tensor = inputs != pad
+    return real_BP

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ class KeptDecisions:
 
     Attributes:
         decisions: routings with one row for each sequence, by router name.
-        generated: whether a generation made them; the token that it ended with is then not in the cache.
+        answered: how many tokens the cache held at the end of the last generation; the one that this ended with comes
+            behind them. None where no generation has come to its end.
     """
 
     decisions: dict[str, Routing] = field(default_factory=dict)
-    generated: bool = False
+    answered: int | None = None
 
     def move(self, rows: Callable[[int], Tensor]) -> None:
         """Follow the cache.
@@ -61,23 +62,39 @@ def kept_with(cache: Any) -> KeptDecisions:
     if kept is None:
         kept = KeptDecisions()
         setattr(cache, _ATTRIBUTE, kept)
-        # On the instance, and as partials of functions of this module, so that a copy of the cache is a whole one.
-        cache.reorder_cache = partial(_reorder, cache)
-        cache.batch_select_indices = partial(_select, cache)
-        cache.batch_repeat_interleave = partial(_repeat, cache)
+        for method in _MOVES:
+            setattr(cache, method, _Moves(cache, method))
     return kept
 
 
-def _reorder(cache: Cache, beam_idx: Tensor) -> None:
-    type(cache).reorder_cache(cache, beam_idx)
-    getattr(cache, _ATTRIBUTE).move(lambda _: beam_idx)
+class _Moves:
+    """Takes the place of a cache's method that reorders, picks or repeats rows, and moves the decisions along.
+
+    The cache is held weakly: in a circle its memory would not be free before Python looks for circles.
+
+    Args:
+        cache: whose method it is.
+        method: its name.
+    """
+
+    def __init__(self, cache: Cache, method: str) -> None:
+        self._cache, self._method = ref(cache), method
+
+    def __call__(self, change: Any) -> None:
+        """What the method does, for the decisions as well."""
+        cache = self._cache()
+        assert cache is not None
+        getattr(type(cache), self._method)(cache, change)
+        getattr(cache, _ATTRIBUTE).move(lambda rows: _MOVES[self._method](rows, change))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the cache is a whole one: its methods are its own."""
+        return _Moves, (self._cache(), self._method)
 
 
-def _select(cache: Cache, indices: Tensor) -> None:
-    type(cache).batch_select_indices(cache, indices)
-    getattr(cache, _ATTRIBUTE).move(lambda rows: torch.arange(rows, device=indices.device)[indices])
-
-
-def _repeat(cache: Cache, repeats: int) -> None:
-    type(cache).batch_repeat_interleave(cache, repeats)
-    getattr(cache, _ATTRIBUTE).move(lambda rows: torch.arange(rows).repeat_interleave(repeats))
+_MOVES: dict[str, Callable[[int, Any], Tensor]] = {
+    "reorder_cache": lambda rows, beam_idx: beam_idx,
+    "batch_select_indices": lambda rows, indices: torch.arange(rows, device=indices.device)[indices],
+    "batch_repeat_interleave": lambda rows, repeats: torch.arange(rows).repeat_interleave(repeats),
+}
+"""By method of a cache, given the number of sequences and the method's argument: which of them stand where then."""

@@ -92,7 +92,7 @@ class RouterSite(nn.Module):
             return kept
         assert self.pooler is not None
         assert self.activation is not None
-        pooled_BJD = self.activation(self.pooler(hidden_BSD, turns.mask_BJS))
+        pooled_BJD = self.activation(self.pooler(hidden_BSD, turns.mask_BJS.to(hidden_BSD.device)))
         routing = self._decide(pooled_BJD.flatten(0, 1), context)
         exists_G = None if turns.exists_BJ is None else turns.exists_BJ.flatten()
         context.add_record(self.name, routing, self.stream, batch_size, exists_G)
@@ -106,7 +106,7 @@ class RouterSite(nn.Module):
         routing = replace(routing, granularity=self.granularity)
         if torch.is_grad_enabled():
             return routing
-        active = routing.selected_TN.any(0).nonzero().flatten().tolist()  # waits for the device, once for each prompt
+        active = routing.selected_TN.any(0).nonzero().flatten().tolist()  # waits for the device, once for each decision
         return replace(routing, active=tuple(active))
 
     def _spread(self, routing: Routing, turns: Turns, kept: Routing | None, context: RoutingContext) -> Routing:
@@ -115,15 +115,17 @@ class RouterSite(nn.Module):
         assert turns.turn_BS is not None
         assert turns.last_B is not None
         batch_size, most, _ = turns.mask_BJS.shape
-        sequence_B = torch.arange(batch_size, device=turns.turn_BS.device)
+        device = routing.weights_TN.device
+        turn_BS, turns_last_B = turns.turn_BS.to(device), turns.last_B.to(device)
+        sequence_B = torch.arange(batch_size, device=device)
         offset = 0 if kept is None else batch_size
         own_B1 = (offset + sequence_B * most).unsqueeze(-1)
-        rows_BS = own_B1 + turns.turn_BS
-        last_B = own_B1.squeeze(-1) + turns.last_B
+        rows_BS = own_B1 + turn_BS
+        last_B = own_B1.squeeze(-1) + turns_last_B
         if kept is not None:
             routing = Routing.concatenate(kept, routing)
-            rows_BS = torch.where(turns.turn_BS < 0, sequence_B.unsqueeze(-1), rows_BS)
-            last_B = torch.where(turns.last_B < 0, sequence_B, last_B)
+            rows_BS = torch.where(turn_BS < 0, sequence_B.unsqueeze(-1), rows_BS)
+            last_B = torch.where(turns_last_B < 0, sequence_B, last_B)
         context.decided[self.name] = routing.select(last_B).detach()
         return replace(routing, rows_T=rows_BS.flatten())
 

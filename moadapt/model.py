@@ -91,7 +91,7 @@ class MixtureModel(nn.Module):
         self._is_trainable = is_trainable
         self.experts_trained = bool(getattr(config.expert, "trainable", False))
         self.injection = inject(model, config, neuron_indices)
-        self._handles = install_hooks(model, keeps=self.decides_by_prompt)
+        self._handles = install_hooks(model, keeps=self.decides_by_sequence)
         self.base_model = model
         self.objective = Objective(config.losses)
         self.last_losses: dict[str, Tensor] = {}
@@ -227,7 +227,8 @@ class MixtureModel(nn.Module):
         Args:
             *args: passed on.
             prompt_mask: (B, S) bool, True at prompt tokens; all tokens of the input when not given. False at earlier
-                answers of a conversation gives each of its turns its own decision, as in training.
+                answers of a conversation gives each of its turns its own decision, as in training. In an
+                encoder-decoder everything in the encoder is prompt, and the mask is not read.
             task_ids: (B,) int64, for routers that ask for them.
             merge_after_prefill: once the prompt is read, put the selected experts into temporary weights, so that a
                 token costs what it costs the base model. For one prompt, its beams, or prompts routed alike.
@@ -244,7 +245,7 @@ class MixtureModel(nn.Module):
             return self.base_model.generate(*args, **kwargs)
 
     @property
-    def decides_by_prompt(self) -> bool:
+    def decides_by_sequence(self) -> bool:
         """Whether a router decides for whole sequences, from their prompts or by task."""
         return any(site.granularity != "token" for site in self.injection.routers.values())
 

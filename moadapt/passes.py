@@ -13,7 +13,7 @@ Shapes: B batch, S tokens of the pass, P tokens of the request's masks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from moadapt.kept import find_cache, kept_with, num_cached
 from moadapt.routing import _CURRENT, IGNORE_INDEX, RoutingContext, Stream
@@ -44,6 +44,7 @@ class PassRequest:
         padding_mask_BP: bool, True at real tokens; used where the model is given no mask of that shape.
         generates: the request covers a whole generation, and its masks begin at the first token that is in the cache.
         temporary: with `merge_after_prefill`, the merged weights of this generation, by mixture layer.
+        cache: the last one that decisions were kept with.
     """
 
     prompt_mask_BP: Tensor | None = None
@@ -55,12 +56,12 @@ class PassRequest:
     padding_mask_BP: Tensor | None = None
     generates: bool = False
     temporary: dict[Any, Tensor | None] | None = None
+    cache: Cache | None = None
 
 
 _REQUEST: ContextVar[PassRequest | None] = ContextVar("moadapt_pass_request", default=None)
-_OPEN: ContextVar[tuple[tuple[object, AbstractContextManager[Any]], ...]] = ContextVar(
-    "moadapt_open_passes", default=()
-)
+_OPEN: ContextVar[tuple[tuple[object, RoutingContext | None], ...]] = ContextVar("moadapt_open_passes", default=())
+"""The passes that run, each with the context around it."""
 _OBSERVERS: WeakKeyDictionary[nn.Module, tuple[Callable[[RoutingContext], None], ...]] = WeakKeyDictionary()
 _OBSERVERS_LOCK = Lock()
 
@@ -68,11 +69,20 @@ _OBSERVERS_LOCK = Lock()
 @contextmanager
 def requesting(request: PassRequest) -> Iterator[PassRequest]:
     """Make the request known to the passes inside the `with` block, in this thread only."""
-    token = _REQUEST.set(request)
+    token, num_open = _REQUEST.set(request), len(_OPEN.get())
     try:
         yield request
     finally:
         _REQUEST.reset(token)
+        _close_passes(num_open)
+
+
+def _close_passes(num_left: int) -> None:
+    """Close the innermost passes, down to so many. After a keyboard interrupt torch calls no hook that would do it."""
+    passes = _OPEN.get()
+    if len(passes) > num_left:
+        _CURRENT.set(passes[num_left][1])
+        _OPEN.set(passes[:num_left])
 
 
 @contextmanager
@@ -141,34 +151,35 @@ class _PassHooks:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open the context. The encoder inside of a whole pass uses that pass's context."""
-        inner = _OPEN.get()
-        context = _CURRENT.get() if inner and self.part == "encoder" else None
+        for number, (hooks, _) in enumerate(_OPEN.get()):
+            if hooks is self:  # of a call of the base model itself that was interrupted
+                _close_passes(number)
+                break
+        outer = _CURRENT.get()
+        context = outer if _OPEN.get() and self.part == "encoder" else None
         if context is None:
             context = self._context(named_arguments(module, args, kwargs))
-        manager = context.active()
-        manager.__enter__()
-        _OPEN.set((*inner, (self, manager)))
+        _CURRENT.set(context)
+        _OPEN.set((*_OPEN.get(), (self, outer)))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Close it, and keep what was decided with the cache that the pass has filled."""
         if not _OPEN.get() or _OPEN.get()[-1][0] is not self:
             return  # an error while it was opened
-        *rest, (_, manager) = _OPEN.get()
-        _OPEN.set(tuple(rest))
         context = _CURRENT.get()
-        manager.__exit__(None, None, None)
+        _close_passes(len(_OPEN.get()) - 1)
         cache = find_cache(output) if self.keeps and self.part == "model" else None
-        if cache is not None and context is not None and context.decided:
+        if cache is not None and context is not None and (context.decided or context.kept):
+            request = _request_for(self.model)
             kept_with(cache).decisions.update(context.decided)
-            kept_with(cache).generated = context.generates
+            if request is not None:
+                request.cache = cache
         if context is not None and output is not None and _CURRENT.get() is not context:  # a whole pass, without error
             for observer in _OBSERVERS.get(self.model, ()):
                 observer(context)
 
     def _context(self, kwargs: dict[str, Any]) -> RoutingContext:
-        request = _REQUEST.get()
-        if request is None or request.model not in (None, self.model):
-            request = PassRequest()
+        request = _request_for(self.model) or PassRequest()
         with_encoder = bool(self.model.config.is_encoder_decoder)
         # A generating encoder-decoder model is given decoder tokens only, after its encoder has run by itself.
         possible = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -194,7 +205,6 @@ class _PassHooks:
             wants_reconstruction=request.wants_reconstruction,
             temporary=request.temporary,
             has_encoder=with_encoder,
-            generates=request.generates,
         )
         if not with_encoder:
             _find_prompt(context, request, labels, rows, length, cached)
@@ -214,6 +224,11 @@ class _PassHooks:
             if found["decoder"] is None and isinstance(labels, Tensor):
                 found["decoder"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         context.input_ids = {stream: value for stream, value in found.items() if isinstance(value, Tensor)}
+
+
+def _request_for(model: nn.Module) -> PassRequest | None:
+    request = _REQUEST.get()
+    return request if request is not None and request.model in (None, model) else None
 
 
 def _find_prompt(

@@ -204,7 +204,6 @@ class RoutingContext:
         disabled: adapters that were off when the pass began, and so are off in its recomputation too.
         has_encoder: whether the model is an encoder-decoder. The prompt of its decoder is the start token.
         input_ids: per stream, int64 (B, S), the token ids, where somebody observes the passes and they are known.
-        generates: whether the pass is one of a generation.
         kept: decisions of earlier passes over the same sequences, one row for each, by router name.
         decided: the latest decisions of this pass, to be kept.
         temporary: merged weights of this generation by mixture layer, None for a layer that cannot be merged; None
@@ -224,7 +223,6 @@ class RoutingContext:
     disabled: frozenset[int] = field(default_factory=lambda: _DISABLED.get())
     has_encoder: bool = False
     input_ids: dict[Stream, Tensor] = field(default_factory=dict)
-    generates: bool = False
     kept: dict[str, Routing] = field(default_factory=dict)
     decided: dict[str, Routing] = field(default_factory=dict)
     temporary: dict[Any, Tensor | None] | None = None

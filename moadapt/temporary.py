@@ -82,7 +82,8 @@ def merged_weight(layer: MixtureLayer, routing: Routing, context: RoutingContext
         if routing.active == ():
             weights[layer] = layer.weight
         else:
-            weights[layer] = _merge(layer, gates_GN[0]) if same else None
+            with torch.autocast(layer.weight.device.type, enabled=False):
+                weights[layer] = _merge(layer, gates_GN[0]) if same else None
     return weights[layer]
 
 

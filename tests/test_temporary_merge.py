@@ -15,6 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from moadapt import MixtureModel, get_mixture_model, passes
 from moadapt.errors import ConfigError
+from moadapt.routing import Routing, RoutingContext
+from moadapt.temporary import merged_weight
 
 NEW = 6
 OPTIONS: dict[str, Any] = {
@@ -74,6 +76,17 @@ def test_same_as_unmerged(case: str, dtype: torch.dtype) -> None:
     assert set(merged) == set(plain)
     assert set(merged.values()) == {1}, "experts are called for the prompt only"
     assert max(plain.values()) == NEW
+
+
+def test_autocast_does_not_round_what_is_summed() -> None:
+    model = mixture(BANK, dtype=torch.float32)
+    layer = next(iter(model.injection.layers.values()))
+    gates_GN = torch.tensor([[0.3, 0.7, 0.0, 0.0]])
+    routing = Routing(gates_GN, gates_GN > 0, gates_GN, gates_GN, granularity="prompt")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        merged = merged_weight(layer, routing, RoutingContext(temporary={}))
+    deltas = [gate * layer.experts.delta_weight(expert).double() for expert, gate in enumerate(gates_GN[0].tolist())]
+    reference.close(merged.double(), layer.weight.double() + sum(deltas), 1e-6, "merged")
 
 
 def test_beams_of_one_prompt() -> None:

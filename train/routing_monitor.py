@@ -135,11 +135,11 @@ class RoutingMonitor(TrainerCallback):
 
 
 def over_tasks(counts: RouterCounts) -> RouterCounts:
-    """The same counts, all tasks together."""
+    """The same counts, all tasks together. They share no tensor: either may be merged with others."""
     names = ("rows", "selections", "weights", "probs", "entropy", "top")
     summed = {name: getattr(counts, name).sum(0, keepdim=True) for name in names}
     sequence_tasks = torch.zeros_like(counts.sequence_tasks)
-    return replace(counts, tasks=[ALL], sequence_tasks=sequence_tasks, **summed)
+    return replace(counts.copy(), tasks=[ALL], sequence_tasks=sequence_tasks, **summed)
 
 
 def summary(routers: Mapping[str, RouterCounts]) -> dict[str, float]:

@@ -203,7 +203,7 @@ class Answerer:
         if decisions:
             from moadapt.generation import decisions_of
 
-            output = self._generate(prompts, task_ids, return_dict_in_generate=True)
+            output = self._generate(prompts, task_ids, return_dict_in_generate=True, use_cache=True)
             output_BS, routings = output.sequences, decisions_of(output.past_key_values)
         else:
             output_BS, routings = self._generate(prompts, task_ids), {}

@@ -177,8 +177,9 @@ def record(
             passes.generate(generates)
     if processes.world_size > 1:
         statistics.reduce(processes.all_sum, lambda tensor: _gathered(tensor, processes))
-        for shared in selections.shared.values() if selections is not None else ():
-            shared.reduce(processes.all_sum)
+        if selections is not None and compares:
+            sizes = {name: counts.num_experts for name, counts in statistics.routers.items()}
+            selections.reduce(processes.all_sum, sizes)
     return statistics
 
 

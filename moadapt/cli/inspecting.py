@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,18 +274,16 @@ def training_curves(name: str, statistics: RoutingStatistics) -> list[dict[str, 
 
     The run logs means over the routers of a layer; each router is given those of its layer.
     """
-    from moadapt.train.logging import METRICS_FILE
+    from moadapt.train.logging import read_metrics
     from moadapt.train.routing_monitor import layer_names
 
     config = saved_config(name)
-    path = None if config is None else config.parent / METRICS_FILE
-    if path is None or not path.is_file():
+    if config is None:
         return []
     places = layer_names(list(statistics.routers.values()))
     measures = ("entropy", "max_share", "dead_fraction", "max_violation")
     curves = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        logged = json.loads(line)
+    for logged in read_metrics(config.parent):
         row: dict[str, Any] = {}
         for router, place in places.items():
             keys = {f"layer_mean_{measure}": f"routing/{place}{measure}" for measure in measures}

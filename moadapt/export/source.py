@@ -188,7 +188,7 @@ def read_source(model: MixtureModel) -> Source:
             "only a converted model can be exported: this mixture adapts linear layers. Convert a dense model with "
             "`moadapt convert`, or fold an adapter of one expert with `moadapt merge`"
         )
-    if model.decides_by_prompt:
+    if model.decides_by_sequence:
         raise AdapterError(
             "router.granularity: this mixture decides once for a whole sequence, and the routers of exported "
             "checkpoints for each token; only granularity: token can be exported"

@@ -99,7 +99,7 @@ def pack_text(text: Mapping[str, Any], cap: int) -> dict[str, Any]:
 
     Args:
         text: {"task", "tokens", "part", "routers": {name: {"expert", "weight", "all"}}}; without "all" a router's
-            single expert and weight per token are taken.
+            single expert and weight per token are taken. With "start" and "total" it is part of a longer one already.
         cap: most tokens to keep.
     """
     start, end = _window(text["part"], cap)
@@ -113,7 +113,7 @@ def pack_text(text: Mapping[str, Any], cap: int) -> dict[str, Any]:
         "task": text["task"],
         "tokens": list(text["tokens"][start:end]),
         "part": list(text["part"][start:end]),
-        "start": start,
-        "total": len(text["tokens"]),
+        "start": text.get("start", 0) + start,
+        "total": text.get("total", len(text["tokens"])),
         "routers": routers,
     }

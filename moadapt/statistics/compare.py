@@ -101,6 +101,16 @@ class Selections:
         with observing_passes(_base(model), compare):
             yield
 
+    def reduce(self, all_sum: Callable[[Tensor], Tensor], num_experts: Mapping[str, int]) -> None:
+        """Add up the processes' counts. Collective: a process that compared nothing takes part with zeros.
+
+        Args:
+            all_sum: gives the sum of an int64 tensor over the processes, on the CPU.
+            num_experts: of the routers of the second model, in the same order in every process.
+        """
+        for name, number in num_experts.items():
+            self.shared.setdefault(name, SharedSelections.zeros(number)).reduce(all_sum)
+
     def _keep(self, context: RoutingContext) -> None:
         if self.num_bytes >= MOST_BYTES:
             return

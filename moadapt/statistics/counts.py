@@ -36,7 +36,8 @@ class RouterCounts:
         experts: names of its experts.
         granularity: what one row is.
         layer: the transformer layer, None outside of any.
-        module: what it rules inside the layer, as `self_attn.q_proj` or `mlp`; empty for the whole layer.
+        module: what it rules inside the layer, as `self_attn.q_proj` or `mlp`; empty for the whole layer. Where both an
+            encoder and a decoder have layers, behind `encoder.` or `decoder.`.
         tasks: names of the tasks; `["all"]` when no task ids were known.
         rows: int64 (L, 2, 2), by part and phase.
         selections: int64 (L, 2, 2, N), how many rows selected the expert.

@@ -131,7 +131,7 @@ def _router() -> Schema:
         "tasks": _list(_STRING, "all of them, also those without rows; `all` where the data names none"),
         "rows": _list(_list(_list(_WHOLE)), "[L][part][phase]"),
         "selections": _about(whole4, "[L][part][phase][N] rows that selected the expert"),
-        "weights": _list(_list(_list(_list({"type": "number"}))), "[L][part][phase][N] sums of gate weights"),
+        "weights": _list(_list(_list(_list(_NUMBER))), "[L][part][phase][N] sums of gate weights"),
         "top": _list(_list(_WHOLE), "[L][N] rows by the expert with the largest weight"),
         "pairs": _list(_list(_WHOLE), "[N][N] rows that selected both"),
     }

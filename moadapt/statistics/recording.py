@@ -119,6 +119,7 @@ class Recorder:
         self.counts: dict[str, RouterCounts] = {}
         self.places: dict[str, _Place] = {}
         self._find_routers()
+        self._tell_stacks_apart()
         self.flow = {
             pair: torch.zeros(*(self.counts[name].num_experts for name in pair), dtype=torch.int64)
             for pair in self._pairs()
@@ -158,6 +159,15 @@ class Recorder:
             vocabulary_size=self.vocabulary_size if granularity == "token" else None,
         )
 
+    def _tell_stacks_apart(self) -> None:
+        """Where several stacks have layers, as encoder and decoder, begin the modules' names with their stack's."""
+        inside = {name: self.places[name].stack for name, counts in self.counts.items() if counts.layer is not None}
+        if len(set(inside.values())) < 2:
+            return
+        for name, stack in inside.items():
+            short = next((part for part in stack.split(".") if part in ("encoder", "decoder")), stack)
+            self.counts[name].module = f"{short}.{self.counts[name].module}".rstrip(".")
+
     def _pairs(self) -> list[tuple[str, str]]:
         """Routers of the same module and rows in layers that follow each other."""
         alike: dict[Any, list[str]] = {}
@@ -192,7 +202,7 @@ class Recorder:
                 tops |= dict(zip(names, self._accumulator(records, names, labels).add(records, rows), strict=True))
             self._add_flow(tops)
             if self.trace is not None:
-                self.trace.add(groups)
+                self.trace.add(groups, len(self.tasks))
             if len(self._accumulators) > _MOST_ACCUMULATORS:
                 self._settle()
 

@@ -113,10 +113,15 @@ def describing(prompt_mask: Tensor | None = None, task_ids: Tensor | None = None
     """Tell the passes of a stock model what it does not take itself; a `MixtureModel` is given it as arguments.
 
     Args:
-        prompt_mask: (B, S) bool, True at prompt tokens.
+        prompt_mask: (B, S) bool, True at prompt tokens. It begins at the sequences' first tokens, also for passes that
+            continue a cache; what lies beyond it, as generated tokens do, is answer.
         task_ids: (B,) int64.
     """
-    with requesting(PassRequest(prompt_mask, task_ids)):
+    request = PassRequest(prompt_mask, task_ids)
+    if prompt_mask is not None:
+        request.generates = True
+        request.padding_mask_BP = torch.ones_like(prompt_mask, dtype=torch.bool)  # where the model is given no mask
+    with requesting(request):
         yield
 
 

@@ -60,6 +60,9 @@ def gates_of_text(
         part: of each token, 0 prompt, 1 answer; None behind an encoder, where all but the start token is answer.
         decode: token ids to text.
         most_tokens: keep so many, around the start of the answer. All tokens are read by the model.
+
+    Raises:
+        ConfigError: a router gave gate weights that are no numbers, which no page can show.
     """
     passes: list[RoutingContext] = []
     with watching(model, passes.append), torch.no_grad():
@@ -74,6 +77,12 @@ def gates_of_text(
     window = _window(part, most_tokens)
     routers = {}
     for record in context.records:
+        if not bool(record.routing.weights_TN.isfinite().all()):
+            raise ConfigError(
+                f"texts: the router {record.name} gives gate weights that are no numbers (NaN or infinite), so the "
+                "model's weights or its dtype are broken; take an earlier checkpoint or another dtype (--dtype "
+                "float32), or show no texts (--texts 0)"
+            )
         stream = _stream(model, record.name)
         gates: Gates = [[] for _ in tokens]
         found = _pairs(record.routing.per_token(len(ids[stream])))

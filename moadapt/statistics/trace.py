@@ -73,11 +73,12 @@ class TraceWriter:
         self._num_passes = 0
         self._columns: dict[str, list[Tensor]] = {}
 
-    def add(self, groups: list[tuple[list[RoutingRecord], PassRows]]) -> None:
+    def add(self, groups: list[tuple[list[RoutingRecord], PassRows]], num_tasks: int) -> None:
         """One pass.
 
         Args:
             groups: records that are about the same rows, and these rows.
+            num_tasks: how many tasks have an index; higher ones stand for no task that is known.
         """
         routers = sum(len(records) for records, _ in groups)
         if not self.complete or routers == 0:
@@ -87,12 +88,12 @@ class TraceWriter:
             real_T = rows.real_BS.flatten().cpu().nonzero().flatten()
             self.complete &= real_T.shape[0] <= allowed
             real_T = real_T[:allowed]
-            columns = self._facts(rows, real_T)
+            columns = self._facts(rows, real_T, num_tasks)
             for record in records:
                 self._add_record(record, real_T, columns)
         self._num_passes += 1
 
-    def _facts(self, rows: PassRows, real_T: Tensor) -> dict[str, Tensor]:
+    def _facts(self, rows: PassRows, real_T: Tensor, num_tasks: int) -> dict[str, Tensor]:
         batch_size, length = rows.real_BS.shape
         sequence_T = real_T // length
         position_BS = rows.real_BS.cpu().long().cumsum(-1) - 1
@@ -103,7 +104,7 @@ class TraceWriter:
             "sequence": sequence_T,
             "position": position_BS.flatten()[real_T],
             "token": ids_T,
-            "task": tasks_B[sequence_T],
+            "task": torch.where(tasks_B < num_tasks, tasks_B, -1)[sequence_T],
             "part": rows.answer_BS.flatten().cpu()[real_T].long(),
             "phase": torch.full_like(real_T, PHASES.index(rows.phase)),
         }

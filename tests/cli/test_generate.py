@@ -220,6 +220,17 @@ def test_the_routing_field_can_be_left_out_or_asked_for(milora: Path, prompts: P
     assert text.strip() == with_field[0]["response"]
 
 
+def test_decisions_of_a_base_model_that_uses_no_cache(
+    milora: Path, project: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """They are read from the cache, so there has to be one."""
+    base = shutil.copytree(project.parent / "base", tmp_path / "base")
+    settings = base / "generation_config.json"
+    values = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps({**values, "use_cache": False}))
+    assert_same(lines(milora, "--file", prompts, "--base", base), lines(milora, "--file", prompts))
+
+
 def test_decisions_about_tokens_are_not_written(trained: Path, prompts: Path) -> None:
     assert all(set(line) == {"prompt", "response"} for line in lines(trained, "--file", prompts))
     assert "decides for every token" in refusal(trained, "-p", "w1", "--routing")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import WORDS, invoke, run_python
+from safetensors.torch import load_file, save_file
 from schema_check import mistakes
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
@@ -455,6 +456,15 @@ def test_two_processes_count_what_one_does(inspected: Path, trained: Path, rows:
     assert {item["saturation_rows"] for item in both["compare"]["routers"]} == {29}
 
 
+def test_curves_of_a_run_whose_last_line_was_cut_off(trained: Path, rows: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    whole = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(whole + '{"step": 9, "routing/ent', encoding="utf-8")
+    run(folder, "--data", rows, "--output", tmp_path / "out")
+    assert read(tmp_path / "out")["training"] is not None
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -489,3 +499,17 @@ def test_what_is_refused(trained: Path, project: Path, rows: Path, tmp_path: Pat
     assert "--trace: needs --output" in refusal(trained, "--trace", 5, code=2)
     assert "is a file; name a folder" in refusal(trained, "--output", odd, code=2)
     assert "no such folder" in refusal(tmp_path / "nothing", "--data", rows, code=1)
+
+
+def test_a_model_that_computes_no_numbers(project: Path, rows: Path, tmp_path: Path) -> None:
+    """Its texts cannot be shown; all else can."""
+    router = {"kind": "top_k", "num_experts_per_tok": 1, "scope": "block"}
+    adapter = save(project.parent / "base", tmp_path / "broken", {"num_experts": 3, "router": router})
+    weights = load_file(adapter / "mixture.safetensors")
+    save_file(
+        {name: torch.full_like(value, torch.nan) for name, value in weights.items()}, adapter / "mixture.safetensors"
+    )
+    assert "gate weights that are no numbers" in refusal(adapter, "--data", rows, "--output", tmp_path / "a", code=2)
+    run(adapter, "--data", rows, "--output", tmp_path / "b", "--texts", 0)
+    assert None in read(tmp_path / "b")["routers"][0]["counts"]["weights"][0][0][0]
+    assert (tmp_path / "b" / "routing.html").is_file()

@@ -100,6 +100,8 @@ def test_a_text_is_cut_around_its_answer() -> None:
     assert pack_text(text, 100)["tokens"] == text["tokens"]
     only_prompt = pack_text(text | {"part": [0] * 100}, 20)
     assert only_prompt["tokens"] == [str(at) for at in range(80, 100)]
+    again = pack_text(text | {"start": 300, "total": 900}, 20)  # the document had cut it already
+    assert (again["start"], again["total"]) == (350, 900)
 
 
 def test_numbers_keep_five_digits_and_integers_all() -> None:

@@ -14,7 +14,7 @@ from schema_check import mistakes
 from moadapt.errors import ConfigError
 from moadapt.report import render_report
 from moadapt.statistics import RouterCounts, RoutingStatistics
-from moadapt.statistics.compare import SharedSelections, compare_documents, load_distance
+from moadapt.statistics.compare import Selections, SharedSelections, compare_documents, load_distance
 from moadapt.statistics.document import build_document, for_report, routing_schema
 from moadapt.statistics.texts import pieces, text_budget
 from moadapt.statistics.verdicts import verdicts
@@ -157,6 +157,27 @@ def test_load_distance() -> None:
     assert load_distance(list(p), list(q)) == pytest.approx(math.sqrt(divergence))
     assert load_distance([0.5, 0.5], [1.0]) is None
     assert load_distance([None, None], [0.5, 0.5]) is None
+
+
+def test_a_process_that_compared_nothing_takes_part_in_the_sum() -> None:
+    """As with fewer batches than processes: every process must ask for as many sums as the others."""
+    first_TN = torch.tensor([[True, False], [True, False]])
+    busy, idle = Selections(), Selections()
+    busy.shared["b"] = SharedSelections.zeros(2)
+    busy.shared["b"].add(first_TN, first_TN, torch.tensor([True, True]))
+    asked: list[list[list[int]]] = []
+    for selections in (busy, idle):
+        asked.append([])
+
+        def all_sum(value: torch.Tensor, mine: list[list[int]] = asked[-1]) -> torch.Tensor:
+            mine.append(list(value.shape))
+            return value * 2
+
+        selections.reduce(all_sum, {"a": 3, "b": 2})
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 2 * 4
+    assert (busy.shared["b"].shared.tolist(), busy.shared["b"].rows) == ([4, 4], 4)
+    assert (idle.shared["b"].shared.tolist(), idle.shared["b"].rows) == ([0, 0], 0)
 
 
 def test_two_documents(statistics: RoutingStatistics) -> None:

@@ -136,6 +136,9 @@ def test_encoder_and_decoder() -> None:
         one = read if first.startswith("encoder") or first.endswith(sources) else written
         assert value.tolist() == slow_flow([one], first, second, (3, 3))
     assert len(statistics.flow) == len(statistics.routers) // 2
+    places = {(counts.layer, counts.module) for counts in statistics.routers.values()}
+    assert len(places) == len(statistics.routers)  # no two share a cell of the report's maps
+    assert {counts.module.split(".")[0] for counts in statistics.routers.values()} == {"encoder", "decoder"}
 
 
 # -- adversarial decisions ----------------------------------------------------------------------------------------

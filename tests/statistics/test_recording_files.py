@@ -320,6 +320,19 @@ def test_the_limit_cuts_between_tokens(tmp_path: Path, limit: int, tokens: int) 
     assert json.loads(table.schema.metadata[b"complete"]) is False
 
 
+def test_rows_without_a_task_have_no_index(tmp_path: Path) -> None:
+    """Not the index that the next new task id gets."""
+    path = tmp_path / "trace.parquet"
+    model = mixture(TOKENS)
+    with record_routing(model, trace=Trace(path)), torch.no_grad():
+        for ids in ([-1, 0], [1, 1]):
+            model(**batch_of(["uu", "uu"]), task_ids=torch.tensor(ids))
+    table = parquet.read_table(path)
+    assert json.loads(table.schema.metadata[b"tasks"]) == ["0", "1"]
+    found = {(row["pass"], row["sequence"]): row["task"] for row in table.to_pylist()}
+    assert found == {(0, 0): -1, (0, 1): 0, (1, 0): 1, (1, 1): 1}
+
+
 def test_a_trace_is_written_after_an_error(tmp_path: Path) -> None:
     model, path = mixture(TOKENS), tmp_path / "trace.parquet"
     with pytest.raises(RuntimeError, match="later"), record_routing(model, TASKS, trace=Trace(path)):  # noqa: PT012

@@ -146,6 +146,20 @@ def test_prompts_can_be_told() -> None:
     assert statistics.routers["model.layers.0.mlp.gate"].rows.tolist() == [[[12, 0], [0, 0]]]
 
 
+def test_what_a_prompt_goes_on_with_is_answer() -> None:
+    """Also where the prompt is told; and rows that have ended do not count then either."""
+    model = stock_model("olmoe")
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, 3:]
+    model.generation_config.eos_token_id = int(answer[0, 0])  # the first row ends with its first token
+    assert int(answer[0, 0]) not in answer[1].tolist()
+    with record_routing(model) as statistics, describing(inputs["attention_mask"].bool()):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    for counts in statistics.routers.values():
+        assert counts.rows.tolist() == [[[5, 0], [0, 3]]]
+
+
 def test_sigmoid_scores() -> None:
     """A family whose weights are sigmoids of the scores: p is their share, and not a softmax."""
     sizes = _SIZES | {"num_key_value_heads": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 1}

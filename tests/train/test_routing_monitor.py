@@ -21,7 +21,7 @@ from trainer_helpers import make_model, make_prompt_model
 from moadapt.train.callbacks import TrainerCallback
 from moadapt.train.logging import read_metrics
 from moadapt.train.routing_alarm import RoutingAlarm
-from moadapt.train.routing_monitor import layer_names, summary
+from moadapt.train.routing_monitor import layer_names, over_tasks, summary
 from moadapt.train.training_config import RoutingAlarmConfig
 
 TASKS = ("task0", "task1", "task2")
@@ -249,6 +249,16 @@ def test_a_summary_has_no_number_without_rows() -> None:
     assert found["routing/layer_1/max_violation"] == 0.5
     assert found["routing/entropy"] == pytest.approx(0.25 / math.log(2))
     assert summary({"a": never}) == {}
+
+
+def test_what_is_drawn_and_what_is_logged_are_counted_apart() -> None:
+    """Both begin with the same counts where a checkpoint is written first, and each is added to later."""
+    logged = counts_of("r", [3, 5])
+    drawn = over_tasks(logged)
+    for counts in (drawn, logged):
+        counts.merge(over_tasks(counts_of("r", [1, 1])))
+    for counts in (drawn, logged):
+        assert int(counts.entropy_histogram.sum()) == int(counts.rows.sum()) == 10
 
 
 def test_a_router_that_selects_nothing() -> None:
