@@ -228,7 +228,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 data = data_of(folder, tasks if multi else [name], metrics, rows, tune=False)
                 steps = args.steps if multi else single_steps
                 look = choices if multi and arm.startswith("MiLoRA") else None
-                done.append(run(args, chosen[arm], seed, saved["rates"][arm], steps, False, data, look))
+                done.append(
+                    {"seed": seed, **run(args, chosen[arm], seed, saved["rates"][arm], steps, False, data, look)}
+                )
                 print(f"{arm}, {name}, seed {seed}: {done[-1]['result']['mean']}", flush=True)
             saved["cpu_seconds"] = time.process_time()
             if args.output is not None:
@@ -248,10 +250,13 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         if other["title"] != first["title"]:
             raise SystemExit(f"these are different experiments: {first['title']!r} and {other['title']!r}")
         for key in ("tried", "rates"):
-            first[key] = other[key] | first[key]
+            first[key] = first[key] | {arm: value for arm, value in other[key].items() if arm not in first[key]}
         for arm, by_data in other["runs"].items():
             mine = first["runs"].setdefault(arm, {name: [] for name in by_data})
             for name, done in by_data.items():
+                known = {each.get("seed") for each in mine[name]} - {None}
+                if known & {each.get("seed") for each in done}:
+                    raise SystemExit(f"{arm}, {name}: two files hold the same seed; it would count twice")
                 mine[name] += done
         first["cpu_seconds"] += other["cpu_seconds"]
     return first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -55,17 +56,16 @@ def comparison_tables(document: Row) -> list[RenderableType]:
     routers: list[Row] = compare["routers"]
     sides = [model["adapter"] or model["base"] for model in (document["model"], compare["other"])]
     header = ("load distance", "MaxVio", "entropy %", "dead", "task info %", "saturation % (chance)")
-    table = Table(title=f"A → B: {sides[0]} → {sides[1]}", title_justify="left")
     together = len(routers) > MOST_ROUTERS
-    for index, name in enumerate(("module", "routers", *header) if together else ("layer", "module", *header)):
-        table.add_column(name, justify="left" if index == 0 or (index == 1 and not together) else "right")
+    named = (("module",), ("routers", *header)) if together else (("layer", "module"), header)
+    table = _table(f"A → B: {sides[0]} → {sides[1]}", *named)
     if together:
         for module in dict.fromkeys(router["module"] for router in routers):
             group = [router for router in routers if router["module"] == module]
-            table.add_row(module or "whole block", str(len(group)), *_sides(group))
+            table.add_row(_module(module), str(len(group)), *_sides(group))
     else:
         for router in routers:
-            table.add_row(_layer(router), router["module"] or "whole block", *_sides([router]))
+            table.add_row(_layer(router), _module(router["module"]), *_sides([router]))
     parts: list[RenderableType] = [table]
     for side, missing in (("A", compare["only_first"]), ("B", compare["only_second"])):
         if missing:
@@ -95,11 +95,8 @@ def _warned(document: Row) -> list[Row]:
 
 
 def _router_table(routers: Sequence[Row], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "module"):
-        table.add_column(name)
-    for name in ("experts", "rows", "load %", "MaxVio", "entropy %", "dead", "task info %", "p"):
-        table.add_column(name, justify="right")
+    numbers = ("experts", "rows", "load %", "MaxVio", "entropy %", "dead", "task info %", "p")
+    table = _table(title, ("layer", "module"), numbers)
     for router in routers:
         share, found, task = router["load"]["share"], router["measures"], router["by_task"] or {}
         cells = [
@@ -112,22 +109,20 @@ def _router_table(routers: Sequence[Row], title: str | None = None) -> Table:
             _percent(task.get("information")),
             _p(task.get("p")),
         ]
-        table.add_row(_layer(router), router["module"] or "whole block", *cells)
+        table.add_row(_layer(router), _module(router["module"]), *cells)
     return table
 
 
 def _module_table(routers: Sequence[Row]) -> Table:
-    table = Table(title="means over the routers of a module (ranges over all of them)", title_justify="left")
-    table.add_column("module")
-    for name in ("routers", "experts", "load %", "MaxVio", "entropy %", "dead", "task info %", "p ≤ 0.05"):
-        table.add_column(name, justify="right")
+    numbers = ("routers", "experts", "load %", "MaxVio", "entropy %", "dead", "task info %", "p ≤ 0.05")
+    table = _table("means over the routers of a module (ranges over all of them)", ("module",), numbers)
     for module in dict.fromkeys(router["module"] for router in routers):
         group = [router for router in routers if router["module"] == module]
         tables = [router["by_task"] for router in group if router["by_task"] is not None]
         tested = [item["p"] for item in tables if item["p"] is not None]
         experts = [len(router["experts"]) for router in group]
         table.add_row(
-            module or "whole block",
+            _module(module),
             str(len(group)),
             str(experts[0]) if len(set(experts)) == 1 else f"{min(experts)}–{max(experts)}",
             _range([share for router in group for share in router["load"]["share"]]),
@@ -169,13 +164,27 @@ def _mean(items: Sequence[Row], of: Callable[[Row], float | None]) -> float | No
     return sum(known) / len(known) if known else None
 
 
+def _table(title: str | None, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Narrow enough for ten columns in a terminal of eighty."""
+    table = Table(title=title and Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[2] or "block"
+
+
 def _layer(router: Row) -> str:
     return str(router["name"]) if router["layer"] is None else str(router["layer"])
 
 
 def _range(shares: Sequence[float | None]) -> str:
-    known = [share for share in shares if share is not None]
-    return f"{100 * min(known):.1f}–{100 * max(known):.1f}" if known else "–"
+    known = [100 * share for share in shares if share is not None]
+    return "–".join(f"{end:.1f}" if end < 10 else f"{end:.0f}" for end in (min(known), max(known))) if known else "–"
 
 
 def _number(value: float | None) -> str:

@@ -267,6 +267,7 @@ def _by_task(counts: RouterCounts, used_LN: Tensor, test: TaskTest | None, limit
         "tasks": [counts.tasks[task] for task in known],
         "share": measures.task_table(used_LN[known]),
         "significant": significant_LN[known],
+        "difference": used_LN[known].double() * math.nan if test is None else test.difference_LN[known],
         "information": test.normalised if test is not None and tested else information,
         "baseline": test.normalised_baseline if test is not None and tested else math.nan,
         "p": test.p_value if test is not None and tested else math.nan,

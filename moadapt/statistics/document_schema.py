@@ -110,6 +110,10 @@ def _by_task() -> Schema:
             "tasks": _list(_STRING, "those that have rows"),
             "share": _list(_list(_SHARE), "[L][N] P(expert | task)"),
             "significant": _list(_list({"type": "boolean"}), "[L][N] differs from the other tasks, q <= 0.05"),
+            "difference": _list(
+                _list({"type": ["number", "null"]}),
+                "[L][N] mean share in the task's sequences minus that in the others'; null without a test",
+            ),
             "information": _about(_SHARE, "I(task; expert) over the smaller entropy; of at most 4096 sequences"),
             "baseline": _about(_SHARE, "the same with permuted tasks; null without a test"),
             "p": _about(_CHANCE, "of the permutation test; null without one"),

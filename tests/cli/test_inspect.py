@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -179,13 +180,18 @@ def test_the_table_of_counts_and_the_page_have_the_same_numbers(inspected: Path)
     assert "counts" not in shown["routers"][0]
 
 
+def short(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 def test_what_is_printed(inspected: Path) -> None:
     document, text = read(inspected), (inspected / "stdout.txt").read_text(encoding="utf-8")
     flat = " ".join(text.split())
     assert "5 sequences, 29 tokens, 2 tasks" in flat
     for router in document["routers"]:
         share, found = router["load"]["share"], router["measures"]
-        cells = [router["module"], "4", "29", f"{100 * min(share):.1f}–{100 * max(share):.1f}"]
+        ends = [f"{end:.1f}" if end < 10 else f"{end:.0f}" for end in (100 * min(share), 100 * max(share))]
+        cells = [short(router["module"]), "4", "29", "–".join(ends)]
         cells += [f"{found['max_violation']:.2f}", f"{100 * found['normalised_entropy']:.1f}"]
         line = next(line for line in text.splitlines() if all(cell in line for cell in cells))
         assert f" {router['layer']} " in line
@@ -407,7 +413,7 @@ def test_two_checkpoints_of_a_run(trained: Path, rows: Path, tmp_path: Path) -> 
         by_chance = (a.sum(0) * b.sum(0)).sum() / (len(a) * b.sum())
         assert item["chance_saturation"] == pytest.approx(float(by_chance))
         assert item["saturation_rows"] == 29
-        cells = [item["module"], f"{item['load_distance']:.2f}", f"{100 * item['saturation']:.1f} ("]
+        cells = [short(item["module"]), f"{item['load_distance']:.2f}", f"{100 * item['saturation']:.1f} ("]
         assert any(all(cell in line for cell in cells) for line in text.splitlines())
     page = (tmp_path / "routing.html").read_text(encoding="utf-8")
     shown_there = json.loads(page.split('id="data">', 1)[1].split("</script>", 1)[0])["compare"]
@@ -439,7 +445,7 @@ def test_many_routers_are_put_together_by_module(trained: Path, rows: Path, monk
     text = " ".join(run(trained, "--compare", trained / "checkpoint-2", "--data", rows).split())
     assert text.count("4 routers are put together by module; none has a warning") == 2
     assert "p ≤ 0.05" in text
-    assert text.count("self_attn.q_proj │ 2 │") == 3  # both models, and the comparison
+    assert len(re.findall(r"\bq_proj 2 ", text)) == 3  # both models, and the comparison
 
 
 @pytest.mark.slow

@@ -33,6 +33,10 @@ def small_document() -> dict[str, Any]:
         router["measures"]["active_histogram"] = [1, 4, 3, 0, 0, 0]
         significant = router["by_task"]["significant"]
         significant[0][0], significant[1][1] = True, False
+        # Of single sequences and of the other tasks, so its sign need not be that of share minus load.
+        router["by_task"]["difference"] = [
+            [0.1 * (-1) ** (task + e) for e in range(len(row))] for task, row in enumerate(significant)
+        ]
     matrix = document["similarity"][document["routers"][0]["name"]]
     matrix[0][1], matrix[1][2] = -0.25, float("nan")
     return document

@@ -95,7 +95,7 @@ def test_tasks_and_their_significance(page: Any, document: dict[str, Any]) -> No
     assert len(found) == 15
     for (task, expert), cell in found.items():
         assert_shows(cell, table["share"][task][expert])
-        above = table["share"][task][expert] > router["load"]["share"][expert]
+        above = table["difference"][task][expert] > 0
         assert cell[0].endswith(("▲", "▼")) is table["significant"][task][expert]
         if table["significant"][task][expert]:
             assert cell[0][-1] == ("▲" if above else "▼")

@@ -75,6 +75,7 @@ def test_the_numbers_of_a_document(statistics: RoutingStatistics) -> None:
     assert first["by_task"]["information"] == pytest.approx(1.0)
     assert first["by_task"]["p"] < 0.05
     assert first["by_task"]["significant"] == [[True, True, False], [True, True, False]]
+    assert first["by_task"]["difference"] == [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]]
     assert first["task_distance"] == [[0.0, pytest.approx(1.0)], [pytest.approx(1.0), 0.0]]
     assert second["by_task"]["information"] == pytest.approx(0.0)
     assert second["by_task"]["p"] is None

@@ -9,7 +9,7 @@ function tasksSection() {
   const max = Math.max(...table.share.flat().filter(isNumber), 1e-9);
   const body = [
     para(`In ${routerName(router)}: the share of each task's selections that an expert gets, in per cent. `,
-      'An arrow marks a share that differs from that of the other tasks by more than chance: ▲ above the load of all tasks, ▼ below.'),
+      'An arrow marks a share that differs from that of the other tasks by more than chance: ▲ above them, ▼ below.'),
     para(isNumber(table.information)
       ? `The task tells ${percent(table.information)} % of what it could tell about the expert; by chance alone it would be ${percent(table.baseline)} % (${pValue(table.p)}).`
       : 'How much the task tells about the expert is not known here.'),
@@ -24,12 +24,13 @@ function tasksSection() {
       cell: (i, j) => {
         const value = table.share[picked[i]][j];
         const significant = table.significant?.[picked[i]][j];
-        const above = value > router.load.share[j];
+        const difference = table.difference?.[picked[i]]?.[j] ?? value - router.load.share[j];
+        const above = difference > 0;
         return {
           value,
           text: `${percent(value)}${significant ? (above ? ' ▲' : ' ▼') : ''}`,
           mark: significant ? 'significant' : null,
-          say: `task ${table.tasks[picked[i]]}, expert ${expertName(router, j)}: ${percent(value)} %${significant ? `, significantly ${above ? 'above' : 'below'} the load` : ''}`,
+          say: `task ${table.tasks[picked[i]]}, expert ${expertName(router, j)}: ${percent(value)} %${significant ? `, significantly ${above ? 'above' : 'below'} the other tasks` : ''}`,
         };
       },
     }),
