@@ -243,7 +243,9 @@ def _find_prompt(
             return
         context.prompt_masks["decoder"] = _window(request.prompt_mask_BP, False, rows, length, cached)
     elif request.prompt_mask_BP is not None:
-        context.prompt_masks["decoder"] = _rows(request.prompt_mask_BP, rows)[:, -length:].bool()
+        mask = _rows(request.prompt_mask_BP, rows).bool()
+        # Of the pass's tokens, or of the cached ones as well; any other width is refused where it is read.
+        context.prompt_masks["decoder"] = mask[:, cached:] if mask.shape[1] == cached + length else mask
     elif isinstance(labels, Tensor):
         context.prompt_masks["decoder"] = labels == IGNORE_INDEX
 

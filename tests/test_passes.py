@@ -11,6 +11,7 @@ import torch
 from tiny import batch, mixture_model
 
 from moadapt import MixtureModel
+from moadapt.errors import ConfigError
 from moadapt.routing import RoutingContext, current_context
 from moadapt.turns import Turns
 
@@ -248,3 +249,13 @@ def test_the_output_head_reads_contiguous_rows(family: str) -> None:
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("width", [5, 9])
+def test_a_prompt_mask_of_another_width_is_refused(width: int) -> None:
+    """A longer one is not cut."""
+    model, inputs = mixture_model({"preset": "milora", "expert": {"r": 2}}), batch()
+    with pytest.raises(
+        ConfigError, match=rf"prompt_mask: its shape is \(2, {width}\), and that of the inputs \(2, 6\)"
+    ):
+        model(input_ids=inputs["input_ids"], prompt_mask=torch.ones(2, width, dtype=torch.bool))

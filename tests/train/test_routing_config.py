@@ -142,7 +142,6 @@ def test_every_mistake_at_once(tmp_path: Path) -> None:
         "training.bilevel_activation: there are no coefficients to learn; set compare.table.",
         "training.bilevel_activation: does not go with ZeRO-3",
         "data.tasks.2.text_column: plain text",
-        "data.tasks.2.packing: packed documents",
         "data.tasks.2.name: task 'text' is none of",
     ]
     assert len(lines) == len(starts)
