@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_browser import MODULES, assert_quiet, by_module, cells, choose, opened, texts, written
+from report_browser import MODULES, assert_quiet, by_module, cells, choose, open_numbers, opened, texts, written
 from report_documents import small_document
 
 
@@ -63,8 +63,7 @@ def test_the_numbers_of_both(chromium: Any, compared: dict[str, Any], tmp_path: 
                 assert f"layer {router['layer']}" in found[row, column][1]
     choose(page, "module", MODULES[1])
     assert set(cells(page, "compared")) == {(row, 0) for row in range(4)}
-    page.find_element("css selector", "#compare details > summary").click()
-    lines = [row.text for row in page.find_elements("css selector", "#compare details tbody tr")]
+    lines = [" ".join(row) for row in open_numbers(page, "compare")]
     assert len(lines) == 4
     assert all(" 0 3 " in line and line.endswith("87.5 25.0") for line in lines)
     assert_quiet(chromium)
