@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 from pathlib import Path
@@ -287,18 +286,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(mp.ProcessExitedException):  # SIGKILL of the first process; the second goes with it
         wait(context)
     for world, job in ((2, "in_two_processes"), (1, "in_one_process")):
-        before = tmp_path_factory.mktemp("before") / "runs"
-        shutil.copytree(folder, before)
-        try:
-            wait(spawn(world, job, folder))
-        except mp.ProcessExitedException as error:
-            # Rarely, the C++ threads of a process group abort the process that takes it down ("terminate called
-            # without an active exception"). Nothing of such a run is used: the job starts again from what was before.
-            if error.signal_name != "SIGABRT":
-                raise
-            shutil.rmtree(folder)
-            shutil.copytree(before, folder)
-            wait(spawn(world, job, folder))
+        wait(spawn(world, job, folder))
     return folder
 
 
